@@ -1,0 +1,90 @@
+"""Norms and the channel mixer; torch and timm parts where they exist.
+
+Legend: B batch, T tokens, D width.
+"""
+
+import torch
+import torch.distributed as dist
+from timm.layers import GluMlp
+from torch import Tensor, nn
+
+_GLU_ACTS = {None: nn.Identity, "silu": nn.SiLU, "sigmoid": nn.Sigmoid, "gelu": nn.GELU, "relu": nn.ReLU}
+
+
+class MaskedBatchNorm(nn.BatchNorm1d):
+    """Batch norm over real tokens of `[B, T, D]` (or rows of `[B, D]`): padding enters no statistic.
+
+    With `sync`, training statistics are those of all ranks, as `nn.SyncBatchNorm`, on any backend.
+    """
+
+    def __init__(self, dim: int, eps: float, sync: bool = False):
+        super().__init__(dim, eps=eps)
+        self.sync = sync
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, sync={self.sync}"
+
+    def forward(self, x: Tensor, pad: Tensor | None = None) -> Tensor:
+        """Args: x `[..., D]`; pad `[..., 1]`, True at padding, or None. Statistics are fp32 under autocast too."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self._normalize(x.float() if x.dtype != torch.float64 else x, pad).to(x.dtype)
+
+    def _normalize(self, x: Tensor, pad: Tensor | None) -> Tensor:
+        shape = x.shape
+        across_ranks = self.sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if not self.training or (pad is None and not across_ranks):
+            return super().forward(x.reshape(-1, shape[-1])).view(shape)
+        x, rows = x.reshape(-1, shape[-1]), x.new_full((), x.numel() // shape[-1])
+        real = None if pad is None else (~pad).reshape(-1, 1).to(x.dtype)
+        if real is not None:
+            rows = real.sum()
+        mean = self._total(x if real is None else x * real, rows, across_ranks)
+        centred = x - mean if real is None else (x - mean) * real
+        var = self._total(centred * centred, rows, across_ranks)
+        with torch.no_grad():
+            count = _sum_over_ranks(rows) if across_ranks else rows
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            unbiased = var * (count / (count - 1).clamp(min=1))
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        return ((x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias).view(shape)
+
+    @staticmethod
+    def _total(x: Tensor, rows: Tensor, across_ranks: bool) -> Tensor:
+        """Mean over the rows of x, of all ranks if asked; a batch without real tokens gives 0."""
+        total = x.sum(0)
+        if across_ranks:
+            from torch.distributed.nn.functional import all_reduce  # absent from builds without distributed
+
+            both = all_reduce(torch.cat([total, rows[None]]))
+            total, rows = both[:-1], both[-1].detach()
+        return total / rows.clamp(min=1)
+
+
+def _sum_over_ranks(x: Tensor) -> Tensor:
+    x = x.clone()
+    dist.all_reduce(x)
+    return x
+
+
+def make_norm(name: str | None, dim: int, eps: float) -> nn.Module:
+    """A norm over the last dim by its name in `HGRN2Config`; None gives the identity."""
+    if name is None:
+        return nn.Identity()
+    if name == "layernorm":
+        return nn.LayerNorm(dim, eps=eps)
+    if name in ("rmsnorm", "simple_rmsnorm"):
+        return nn.RMSNorm(dim, eps=eps, elementwise_affine=name == "rmsnorm")
+    if name in ("batchnorm", "sync_batchnorm"):
+        return MaskedBatchNorm(dim, eps, sync=name == "sync_batchnorm")
+    raise ValueError(f"norm {name!r} is unknown")
+
+
+def apply_norm(norm: nn.Module, x: Tensor, pad: Tensor | None) -> Tensor:
+    """Norms over tokens ignore padding by construction; batch norms need to know it."""
+    return norm(x, pad) if isinstance(norm, MaskedBatchNorm) else norm(x)
+
+
+def make_glu(dim: int, width: int, act: str | None, bias: bool) -> GluMlp:
+    """`W2 (act(W1 x) * W3 x)` with hidden `width`; W1 and W3 are one projection."""
+    return GluMlp(dim, 2 * width, act_layer=_GLU_ACTS[act], bias=bias, gate_last=False)

@@ -1,0 +1,101 @@
+"""The token mixer (HGRU2): projections, the scan in its directions, output norm.
+
+Legend: B batch, T tokens, D width, H heads, K = V head dim (`expand_ratio`), Y rows and X columns of a grid.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from hgrn2.config import HGRN2Config
+from hgrn2.layers import make_norm
+from hgrn2.ops import hgrn2_scan, hgrn2_scan_2d, hgrn2_step
+from hgrn2.ops.gates import forget_gate
+
+
+class HGRN2Mixer(nn.Module):
+    """`out_proj(norm(scan(q, f, v)))`; parameter names and the packed V, Q, F order are those of the authors' module
+    (Doraemonzzz/hgru2-pytorch), so its weights load as they are."""
+
+    def __init__(self, config: HGRN2Config):
+        super().__init__()
+        self.config = config
+        self.in_proj = nn.Linear(config.dim, 3 * config.dim, bias=config.bias)
+        self.norm = make_norm(config.mixer_norm, config.dim, config.norm_eps)
+        self.out_proj = nn.Linear(config.dim, config.dim, bias=config.bias)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`[..., D]` -> q, f, v `[..., H, K]`, views of one packed projection."""
+        packed = self.in_proj(x).unflatten(-1, (3, self.config.heads, self.config.expand_ratio))
+        v, q, f = packed.unbind(-3)
+        return q, f, v
+
+    def forward(
+        self,
+        x: Tensor,
+        lower_bound: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+        state: Tensor | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix `x` over its tokens.
+
+        Args:
+            x: `[B, T, D]`.
+            lower_bound: this layer's gamma `[H, K]`, or None for 0.
+            lengths, cu_seqlens: as `hgrn2_scan`; 1-D scans only.
+            grid: (Y, X) with Y * X = T, raster order; 2-D scans only.
+            state: `[B, H, K, V]` to start from; causal only.
+            return_state: return the final state too; causal only.
+
+        Returns:
+            `[B, T, D]`, and the final state or None.
+        """
+        scan = self.config.scan
+        if scan == "2d_series":
+            for axis in (0, 1):  # down and up the columns, then along the rows
+                x = self._output(self._scan_along(x, lower_bound, grid, axis))
+            return x, None
+        q, f, v = self._project(x)
+        acts = self._acts()
+        if scan == "2d_parallel":
+            q, f, v = (a.unflatten(1, grid) for a in (q, f, v))
+            o, final = hgrn2_scan_2d(q, f, v, lower_bound, **acts).flatten(1, 2), None
+        else:
+            o, final = hgrn2_scan(
+                q, f, v, lower_bound,
+                direction="forward" if scan == "causal" else "both",
+                initial_state=state, output_final_state=return_state, lengths=lengths, cu_seqlens=cu_seqlens, **acts,
+            )  # fmt: skip
+        return self._output(o), final
+
+    def step(self, x: Tensor, state: Tensor, lower_bound: Tensor | None = None) -> Tensor:
+        """One token `[B, D]` -> `[B, D]`; `state` `[B, H, K, V]` is updated in place."""
+        q, f, v = self._project(x)
+        o = hgrn2_step(q, f, v, state, lower_bound, q_act=self.config.q_act, v_act=self.config.v_act)
+        return self._output(o)
+
+    @torch.no_grad()
+    def log_decay(self, x: Tensor, lower_bound: Tensor | None = None) -> Tensor:
+        """log lam `[B, T, H, K]` fp32 of the forget gates for the mixer's input `[B, T, D]`; for inspection."""
+        _, f, _ = self._project(x)
+        return forget_gate(f.float(), None if lower_bound is None else lower_bound.float())[1]
+
+    def _acts(self) -> dict:
+        return {"q_act": self.config.q_act, "v_act": self.config.v_act, "impl": self.config.impl}
+
+    def _output(self, o: Tensor) -> Tensor:
+        """`[..., H, V]` -> `[..., D]`: the norm is over the full width, not per head."""
+        return self.out_proj(self.norm(o.flatten(-2)))
+
+    def _scan_along(self, x: Tensor, lower_bound: Tensor | None, grid: tuple[int, int], axis: int) -> Tensor:
+        """Both directions along one axis of the grid: `[B, T, D]` -> `[B, T, H, V]`."""
+        q, f, v = (a.unflatten(1, grid) for a in self._project(x))
+        if axis == 0:
+            q, f, v = (a.transpose(1, 2) for a in (q, f, v))
+        lines = q.shape[:2]
+        o, _ = hgrn2_scan(*(a.flatten(0, 1) for a in (q, f, v)), lower_bound, direction="both", **self._acts())
+        o = o.unflatten(0, lines)
+        return (o.transpose(1, 2) if axis == 0 else o).flatten(1, 2)

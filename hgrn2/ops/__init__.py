@@ -1,0 +1,213 @@
+"""The public ops of HGRN2: validate, dispatch, say which implementation runs.
+
+Shapes: B batch, T time, H heads, K = V head dim (`expand_ratio`), N documents.
+"""
+
+import torch
+from torch import Tensor
+
+from hgrn2.ops.chunked import chunked_scan
+from hgrn2.ops.gates import ACTIVATIONS, activate, forget_gate
+from hgrn2.ops.reference import compute_dtype, recurrent_scan
+
+IMPLS = ("auto", "reference", "torch", "triton")
+DIRECTIONS = ("forward", "reverse", "both")
+HEAD_DIMS = tuple(2**i for i in range(9))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+__all__ = ["choose_impl", "hgrn2_scan", "hgrn2_scan_2d", "hgrn2_step"]
+
+
+def hgrn2_scan(
+    q: Tensor,
+    f: Tensor,
+    v: Tensor,
+    lower_bound: Tensor | None = None,
+    *,
+    direction: str = "forward",
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    q_act: str | None = None,
+    v_act: str | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """The gated linear recurrence with outer-product state expansion (HGRN2, arXiv 2404.07904, section 3).
+
+    `S_t = diag(lam_t) S_{t-1} + k_t (x) v_t` and `o_t = S_t^T q_t`, with `k_t = (1 - gamma) sigmoid(-f_t)`,
+    `lam_t = 1 - k_t`; gates, activations and states in fp32 (fp64 for fp64 inputs).
+
+    Args:
+        q, f, v: output gate, raw forget logits and input, `[B, T, H, K]` of one dtype (fp32, bf16, fp16 or fp64), K a
+            power of two from 1 to 256; strided views are accepted.
+        lower_bound: gamma `[H, K]` in [0, 1), or None for 0.
+        direction: "forward"; "reverse" (the recurrence runs from the last real token to token 0: `initial_state` enters
+            at the last, the final state is the one after token 0); or "both", the sum of the two outputs.
+        initial_state: `[B, H, K, V]`, or `[N, H, K, V]` with `cu_seqlens`; not with "both".
+        output_final_state: return the final state, shaped as `initial_state`, too; not with "both".
+        lengths: int32 or int64 `[B]`. Tokens at or past a row's length are never read; their outputs and gradients
+            are 0.
+        cu_seqlens: int32 or int64 `[N + 1]` from 0 to T, non-decreasing: documents packed in one row (B = 1), each
+            with a state of its own. Read on its device only. Not together with `lengths`.
+        q_act, v_act: activation applied to q and to v inside: None, "silu" or "sigmoid".
+        impl: "auto" (triton where it can run, else torch), "triton", "torch" or "reference".
+
+    Returns:
+        o `[B, T, H, V]` in the dtype of q, and the final state (fp32 or fp64) or None. Gradients flow to q, f, v,
+        `lower_bound` and `initial_state`.
+
+    Raises:
+        ValueError: a shape, dtype or combination that is not supported; the message names it.
+    """
+    _check_inputs(q, f, v, lower_bound, q_act, v_act, ndim=4, legend="[B, T, H, K]")
+    _check_choice("direction", direction, DIRECTIONS)
+    _check_states(q, direction, initial_state, output_final_state, lengths, cu_seqlens)
+    run = _implementation(impl, q)
+    options = dict(lengths=lengths, cu_seqlens=cu_seqlens, q_act=q_act, v_act=v_act)
+    if direction == "both":
+        ahead, _ = run(q, f, v, lower_bound, reverse=False, **options)
+        back, _ = run(q, f, v, lower_bound, reverse=True, **options)
+        return ahead + back, None
+    o, final_state = run(
+        q, f, v, lower_bound, reverse=direction == "reverse", initial_state=initial_state, **options
+    )  # fmt: skip
+    return o, final_state if output_final_state else None
+
+
+def hgrn2_scan_2d(
+    q: Tensor,
+    f: Tensor,
+    v: Tensor,
+    lower_bound: Tensor | None = None,
+    *,
+    q_act: str | None = None,
+    v_act: str | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """The 2-D parallel scan: the sum of four independent scans, each column down and up, each row right and left.
+
+    Args:
+        q, f, v: `[B, Y, X, H, K]`; the rest as `hgrn2_scan`.
+
+    Returns:
+        o `[B, Y, X, H, V]` in the dtype of q.
+    """
+    _check_inputs(q, f, v, lower_bound, q_act, v_act, ndim=5, legend="[B, Y, X, H, K]")
+    batch, height, width = q.shape[:3]
+    options = dict(direction="both", q_act=q_act, v_act=v_act, impl=impl)
+    rows, _ = hgrn2_scan(*(x.flatten(0, 1) for x in (q, f, v)), lower_bound, **options)
+    columns, _ = hgrn2_scan(*(x.transpose(1, 2).flatten(0, 1) for x in (q, f, v)), lower_bound, **options)
+    return rows.unflatten(0, (batch, height)) + columns.unflatten(0, (batch, width)).transpose(1, 2)
+
+
+@torch.no_grad()
+def hgrn2_step(
+    q: Tensor,
+    f: Tensor,
+    v: Tensor,
+    state: Tensor,
+    lower_bound: Tensor | None = None,
+    *,
+    q_act: str | None = None,
+    v_act: str | None = None,
+) -> Tensor:
+    """One token of the recurrence, for decoding: no gradients, `state` is updated in place.
+
+    Args:
+        q, f, v: `[B, H, K]`.
+        state: `[B, H, K, V]` fp32 (fp64 for fp64 inputs).
+        lower_bound, q_act, v_act: as `hgrn2_scan`.
+
+    Returns:
+        o `[B, H, V]` in the dtype of q.
+    """
+    _check_inputs(q, f, v, lower_bound, q_act, v_act, ndim=3, legend="[B, H, K]")
+    _check_state("state", state, (q.shape[0], q.shape[1], q.shape[2], q.shape[2]), compute_dtype(q))
+    dtype = compute_dtype(q)
+    with torch.autocast(q.device.type, enabled=False):
+        gamma = None if lower_bound is None else lower_bound.to(dtype)
+        k, log_lam = forget_gate(f.to(dtype), gamma)
+        v_ = activate(v.to(dtype), v_act)
+        q_ = activate(q.to(dtype), q_act)
+        state.mul_(log_lam.exp().unsqueeze(-1)).addcmul_(k.unsqueeze(-1), v_.unsqueeze(-2))
+        return (q_.unsqueeze(-2) @ state).squeeze(-2).to(q.dtype)
+
+
+def choose_impl(device: torch.device | str, head_dim: int) -> tuple[str, str]:
+    """What `impl="auto"` runs for tensors on `device`: ("triton" | "torch", the reason)."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return "torch", f"{device.type} tensors run the chunked torch form"
+    return "torch", f"no Triton kernel for head dim {head_dim} yet"
+
+
+def _implementation(impl: str, q: Tensor):
+    _check_choice("impl", impl, IMPLS)
+    if impl == "reference":
+        return recurrent_scan
+    if impl == "torch":
+        return chunked_scan
+    name, reason = choose_impl(q.device, q.shape[-1])
+    if impl == "triton" and name != "triton":
+        raise ValueError(f"impl='triton' cannot run here: {reason}; use impl='auto' or 'torch'")
+    return chunked_scan
+
+
+def _check_choice(key: str, value, valid: tuple) -> None:
+    if value not in valid:
+        raise ValueError(f"{key}={value!r} is unknown; valid: {', '.join(map(repr, valid))}")
+
+
+def _check_inputs(q, f, v, lower_bound, q_act, v_act, *, ndim: int, legend: str) -> None:
+    if q.dim() != ndim:
+        raise ValueError(f"q must be {legend}, got shape {tuple(q.shape)}")
+    for name, x in (("f", f), ("v", v)):
+        if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"q, f and v must agree: q is {tuple(q.shape)} {q.dtype} on {q.device}, "
+                f"{name} is {tuple(x.shape)} {x.dtype} on {x.device}"
+            )
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q, f, v have dtype {q.dtype}; valid: {', '.join(map(str, DTYPES))}")
+    if q.shape[-1] not in HEAD_DIMS:
+        raise ValueError(f"head dim {q.shape[-1]} is not supported; valid: {', '.join(map(str, HEAD_DIMS))}")
+    if 0 in q.shape:
+        raise ValueError(f"q must not be empty, got shape {tuple(q.shape)}")
+    if lower_bound is not None and tuple(lower_bound.shape) != tuple(q.shape[-2:]):
+        raise ValueError(f"lower_bound must be [H, K] = {tuple(q.shape[-2:])}, got {tuple(lower_bound.shape)}")
+    _check_choice("q_act", q_act, ACTIVATIONS)
+    _check_choice("v_act", v_act, ACTIVATIONS)
+
+
+def _check_states(q, direction, initial_state, output_final_state, lengths, cu_seqlens) -> None:
+    batch, _, heads, dim = q.shape
+    if direction == "both" and (initial_state is not None or output_final_state):
+        raise ValueError("direction='both' has no states: pass no initial_state and output_final_state=False")
+    if lengths is not None and cu_seqlens is not None:
+        raise ValueError("lengths and cu_seqlens exclude each other: pass one of them")
+    rows = batch
+    for name, x, size in (("lengths", lengths, batch), ("cu_seqlens", cu_seqlens, None)):
+        if x is None:
+            continue
+        if x.dim() != 1 or x.dtype not in (torch.int32, torch.int64) or x.device != q.device:
+            raise ValueError(
+                f"{name} must be 1-D int32 or int64 on {q.device}, got {tuple(x.shape)} {x.dtype} on {x.device}"
+            )
+        if size is not None and x.numel() != size:
+            raise ValueError(f"{name} must have one entry a row ({size}), got {x.numel()}")
+    if cu_seqlens is not None:
+        if batch != 1 or cu_seqlens.numel() < 2:
+            raise ValueError(
+                f"cu_seqlens needs B = 1 and at least 2 entries, got B = {batch}, {cu_seqlens.numel()} entries"
+            )
+        rows = cu_seqlens.numel() - 1
+    if initial_state is not None:
+        _check_state("initial_state", initial_state, (rows, heads, dim, dim), None)
+
+
+def _check_state(name: str, state: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+    if tuple(state.shape) != shape:
+        raise ValueError(f"{name} must be [rows, H, K, V] = {shape}, got {tuple(state.shape)}")
+    if dtype is not None and state.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype} (it is updated in place), got {state.dtype}")
