@@ -1,0 +1,163 @@
+"""When ``last.ckpt`` and ``best.ckpt`` are written, and in which state, so that a resumed fit repeats every loss.
+
+Lightning's loops save whatever their counters say in the hook that saves, and some of these states resume inexactly
+(an epoch counted twice, a validation skipped, a batch too many). ``settle`` rewrites the counters to one of three states
+that resume exactly: between two batches, before a validation, or after an epoch.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from hgrn2.config import ConfigError
+from tasks.runs import link_atomically
+
+
+def settle(trainer: Trainer, loops: dict[str, Any], validated: bool) -> None:
+    """Rewrites the fit loop's counters in a checkpoint. ``validated``: this batch's validation is over."""
+    batch = loops["epoch_loop.batch_progress"]
+    in_batch_end = batch["current"]["completed"] < batch["current"]["processed"] == batch["current"]["ready"]
+    epoch_loop, epochs = trainer.fit_loop.epoch_loop, loops["epoch_progress"]
+    due = in_batch_end and epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+    pending = due or (trainer.validating and not validated)
+    last = batch["is_last_batch"] or batch["current"]["processed"] >= trainer.num_training_batches
+    in_epoch_end = epochs["current"]["processed"] == epochs["current"]["ready"]
+    finished = last and not pending and (in_batch_end or in_epoch_end)
+
+    for scope in ("total", "current"):
+        _level(batch[scope], batch[scope]["processed"])
+        _level(epochs[scope], epochs[scope]["ready"])
+        if not finished:
+            epochs[scope]["processed"] = epochs[scope]["completed"] = epochs[scope]["ready"] - 1
+        val = loops["epoch_loop.val_loop.batch_progress"][scope]
+        _level(val, val["ready"])
+        if pending:  # Lightning runs the whole validation again where its first batch has started and not ended
+            val.update(ready=1, started=1, processed=0, completed=0)
+    if finished:
+        _level(batch["current"], 0)
+        batch["is_last_batch"] = False
+    # Lightning raises this after the validation, also after one that a resume skips.
+    before_raise = pending or (validated and not finished)
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = trainer.global_step - before_raise
+
+
+def _level(tracker: dict[str, int], value: int) -> None:
+    tracker.update(dict.fromkeys(tracker, value))
+
+
+class Checkpoints(Checkpoint):
+    """Writes last.ckpt and best.ckpt into the run folder.
+
+    Args:
+        every_n_steps: write last.ckpt every so many optimiser steps (also around each validation and at each epoch's end); 0: only there
+        monitor: the logged metric that decides which checkpoint is best
+        mode: whether the smallest (min) or the largest (max) value is best
+    """
+
+    def __init__(
+        self, every_n_steps: int = 500, monitor: str = "val/loss", mode: Literal["min", "max"] = "min"
+    ) -> None:
+        super().__init__()
+        if every_n_steps < 0:
+            raise ConfigError(f"checkpoint.every_n_steps={every_n_steps}: must be 0 or more")
+        self.every_n_steps, self.monitor, self.mode = every_n_steps, monitor, mode
+        self.folder: Path | None = None  # set by the command line; without one nothing is written
+        self.guard: Any = None  # the Guard that may ask for a last save
+        self.best_score: float | None = None
+        self.saved_step: int | None = None
+        self._step = 0
+        self._validated = False
+
+    @property
+    def last_model_path(self) -> str:
+        return str(self.folder / "last.ckpt") if self.folder else ""
+
+    @property
+    def best_model_path(self) -> str:
+        return str(self.folder / "best.ckpt") if self.folder and self.best_score is not None else ""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_score": self.best_score}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_score = state_dict["best_score"]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            settle(trainer, checkpoint["loops"]["fit_loop"], self._validated)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.folder is None:
+            return
+        self.folder = trainer.strategy.broadcast(self.folder)
+        if not trainer.strategy.broadcast((self.folder / "best.ckpt").is_file()):
+            self.best_score = None  # the best of another run folder is not the best of this one
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._step, self._validated = trainer.global_step, False
+        # Loggers use it as the step; Lightning restores it one off in some states.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if trainer.global_step == self._step:
+            return  # inside an accumulation: its gradients are in no checkpoint
+        loop = trainer.fit_loop
+        validates = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
+        stopping = self.guard is not None and self.guard.stopping
+        # After the last batch of an epoch without validation, on_train_epoch_end saves.
+        if validates or ((due or stopping) and not loop.epoch_loop.batch_progress.is_last_batch):
+            self._save_last(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self._validated = True
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return  # on_train_epoch_end follows at once
+        self._save_judged(trainer, whole_step=trainer.global_step != self._step)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._validated:
+            self._save_judged(trainer, whole_step=True)
+        else:
+            self._save_last(trainer)
+
+    def _writes(self, trainer: Trainer) -> bool:
+        if self.folder is None or trainer.fast_dev_run:
+            return False
+        for logger in trainer.loggers:
+            logger.save()  # what is logged up to here is on disk with the checkpoint
+        return True
+
+    def _save_last(self, trainer: Trainer) -> None:
+        if self._writes(trainer):
+            trainer.save_checkpoint(self.last_model_path)
+            self.saved_step = trainer.global_step
+
+    def _save_judged(self, trainer: Trainer, whole_step: bool) -> None:
+        """After a validation. A new best is written as best.ckpt and then linked as last.ckpt: a kill in between leaves
+        the last.ckpt from before the validation, which runs it again and comes to the same verdict."""
+        if not self._writes(trainer):
+            return
+        if self.monitor not in trainer.callback_metrics:
+            logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
+            raise ConfigError(f"checkpoint.monitor={self.monitor} is not logged; logged: {logged}")
+        score = float(trainer.callback_metrics[self.monitor])
+        best = self.best_score
+        better = score == score and (best is None or (score < best if self.mode == "min" else score > best))
+        if not trainer.strategy.broadcast(better):
+            if whole_step:
+                self._save_last(trainer)
+            return
+        self.best_score = score
+        trainer.save_checkpoint(self.best_model_path)
+        if whole_step:
+            if Path(self.best_model_path).is_dir():  # sharded: no link
+                trainer.save_checkpoint(self.last_model_path)
+            elif trainer.is_global_zero:
+                link_atomically(Path(self.best_model_path), Path(self.last_model_path))
+            trainer.strategy.barrier("last.ckpt")
+            self.saved_step = trainer.global_step

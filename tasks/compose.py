@@ -1,0 +1,159 @@
+"""One configuration out of many files: class default < configs/base.yaml < task file (parents first) < command line.
+
+Everything here works on plain dicts. Interpolations such as ``${data.num_classes}`` stay text until ``resolve``, which
+runs once, after all layers are merged: that is why they follow an override.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hgrn2.config import ConfigError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+YAML_WORDS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null", "none", "nan", "inf"}
+
+
+def shipped_tasks() -> list[str]:
+    """Names of the shipped task files, ``vision`` before ``vision/cifar10``."""
+    names = (path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
+    return sorted(name for name in names if name != "base")
+
+
+def nearest(name: str, known: list[str], count: int = 3) -> list[str]:
+    """The known names that a person most likely meant; a bare last part (``max_epochs``) finds its full key."""
+    tail = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    close = difflib.get_close_matches(name, known, n=count, cutoff=0.6)
+    tails: dict[str, list[str]] = {}
+    for key in known:
+        tails.setdefault(key.rsplit(".", 1)[-1], []).append(key)
+    loose = difflib.get_close_matches(name.rsplit(".", 1)[-1], list(tails), n=count, cutoff=0.75)
+    found = tail + close + [key for part in loose for key in tails[part]]
+    return list(dict.fromkeys(found))[:count]
+
+
+def task_file(task: str, near: Path | None = None) -> Path:
+    """The file of a task: a shipped name, or the path of a person's own ``.yaml`` (also relative to ``near``)."""
+    path = CONFIGS / f"{task}.yaml"
+    if task != "base" and not Path(task).is_absolute() and ".." not in Path(task).parts and path.is_file():
+        return path
+    for own in (Path(task).expanduser(), *([near / task] if near else [])):
+        if own.suffix in (".yaml", ".yml"):
+            if own.is_file():
+                return own
+        elif own.with_suffix(".yaml").is_file() and "/" in task:
+            return own.with_suffix(".yaml")
+    close = nearest(task, shipped_tasks(), 2)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    raise ConfigError(f"task={task}: no such task or .yaml file.{hint} Tasks: {', '.join(shipped_tasks())}")
+
+
+def task_name(task: str) -> str:
+    """The name that a task's runs are filed under: ``lm/wikitext103``, or the stem of a person's own file."""
+    path = task_file(task)
+    if path.is_relative_to(CONFIGS):
+        return path.relative_to(CONFIGS).with_suffix("").as_posix()
+    if path.name == "config.yaml" and (first := path.read_text().partition("\n")[0]).startswith("# task: "):
+        return first.removeprefix("# task: ").strip()  # the saved configuration of a run is filed with that run
+    return path.stem
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A YAML file as a plain dict, interpolations unresolved."""
+    try:
+        content = OmegaConf.load(path)
+        return OmegaConf.to_container(content) if OmegaConf.is_dict(content) else _not_a_mapping(path)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+
+
+def _not_a_mapping(path: Path) -> dict[str, Any]:
+    if path.read_text().strip():
+        raise ConfigError(f"{path}: expected 'key: value' lines")
+    return {}
+
+
+def merge(under: Any, over: Any) -> Any:
+    """``over`` on top of ``under``: dicts merge key by key, everything else (lists too) is replaced.
+
+    A changed ``class_path`` drops what was there, since its ``init_args`` belong to the old class.
+    """
+    if not (isinstance(under, dict) and isinstance(over, dict)):
+        return over
+    if "class_path" in over and over["class_path"] != under.get("class_path"):
+        return over
+    return under | {key: merge(under[key], value) if key in under else value for key, value in over.items()}
+
+
+def load_task(task: str) -> tuple[str, dict[str, Any]]:
+    """(domain, configs/base.yaml with the task's parents and its own file on top, unresolved)."""
+    layers: list[dict[str, Any]] = []
+    seen: list[Path] = []
+    path = task_file(task)
+    while True:
+        if path in seen:
+            raise ConfigError(f"{path}: its parents form a circle: {' -> '.join(p.stem for p in [*seen, path])}")
+        seen.append(path)
+        layers.append(layer := read(path))
+        parent = layer.pop("parent", None)
+        if parent is None:
+            break
+        path = task_file(str(parent), near=path.parent)
+    config = read(CONFIGS / "base.yaml")
+    for layer in reversed(layers):
+        config = merge(config, layer)
+    domain = config.pop("domain", None)
+    if domain is None:
+        raise ConfigError(f"{seen[-1]}: a task file needs 'parent: NAME' or 'domain: lm|vision|lra'")
+    return domain, config
+
+
+def resolve(config: dict[str, Any]) -> dict[str, Any]:
+    """Interpolations replaced by what they point to, after every layer is in place."""
+    try:
+        return OmegaConf.to_container(OmegaConf.create(config), resolve=True)
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        raise ConfigError(f"{key}{str(error).splitlines()[0]}") from error
+
+
+def escape(value: Any) -> Any:
+    """Text that a person typed, protected so that ``resolve`` returns it unchanged even if it holds ``${``."""
+    if isinstance(value, dict):
+        return {key: escape(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [escape(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys of all leaves; an empty mapping is a leaf."""
+    keys = []
+    for key, value in config.items():
+        nested = isinstance(value, dict) and value
+        keys += flatten(value, f"{prefix}{key}.") if nested else [f"{prefix}{key}"]
+    return keys
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every string that any YAML reader might take for something else (yes, 0123, 1e3, 12:30)."""
+
+
+def _text(dumper: yaml.Dumper, value: str) -> yaml.Node:
+    plain = re.fullmatch(r"[A-Za-z_/][\w./ -]*[\w./-]|[A-Za-z_]", value) and value.lower() not in YAML_WORDS
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if plain else '"')
+
+
+_Dumper.add_representer(str, _text)
+
+
+def to_yaml(config: dict[str, Any]) -> str:
+    """A resolved configuration as YAML text that ``load_task`` reads back to the same values."""
+    return yaml.dump(escape(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,79 @@
+"""The loggers of a run: TensorBoard by default, CSV and Weights & Biases by override, all in the run folder."""
+
+import csv
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+
+from hgrn2.config import ConfigError
+from tasks.runs import write_atomically
+
+LOGGERS = ("tensorboard", "csv", "wandb", "none")
+
+
+class _ContinuingWriter(ExperimentWriter):
+    """Lightning's deletes the metrics.csv that it finds; this one drops the rows that a resume repeats, and appends."""
+
+    def __init__(self, log_dir: str, purge_step: int | None) -> None:
+        super().__init__(log_dir)
+        path = Path(self.metrics_file_path)
+        if not path.is_file():
+            return
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            rows = [row for row in reader if purge_step is None or int(row["step"] or 0) < purge_step]
+            self.metrics_keys = list(reader.fieldnames or [])
+        lines = [self.metrics_keys, *([row[key] for key in self.metrics_keys] for row in rows)]
+        text = "".join(",".join(f'"{cell}"' if "," in cell else cell for cell in line) + "\r\n" for line in lines)
+        write_atomically(path, lambda out: out.write(text.encode()))
+
+    def _check_log_dir_exists(self) -> None:
+        """Nothing is deleted."""
+
+
+class ContinuingCSVLogger(CSVLogger):
+    """``csv/metrics.csv`` of a run folder, continued by a resumed run.
+
+    Args:
+        folder: the run folder
+        purge_step: rows from this step on are dropped, since the resumed run writes them again
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
+        super().__init__(folder, name="", version="csv")
+        self.purge_step = purge_step
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        if self._experiment is None:
+            self._experiment = _ContinuingWriter(self.log_dir, self.purge_step)
+        return self._experiment
+
+
+def make_loggers(names: list[str], task: str, folder: Path | None, purge_step: int | None) -> list[Logger]:
+    """Loggers by name; ``purge_step`` is the step that a resumed run starts from, so that no step appears twice."""
+    names = [name.strip() for name in names if name.strip()]
+    if unknown := [name for name in names if name not in LOGGERS]:
+        raise ConfigError(f"logger={','.join(names)}: {unknown[0]} is not one of {', '.join(LOGGERS)}")
+    if "wandb" in names and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("logger=wandb: the wandb package is not installed (pip install wandb)")
+    loggers: list[Logger] = []
+    if folder is None:
+        return loggers
+    for name in names:
+        if name == "tensorboard":
+            loggers.append(
+                TensorBoardLogger(folder, name="", version="", default_hp_metric=False, purge_step=purge_step)
+            )
+        elif name == "csv":
+            loggers.append(ContinuingCSVLogger(folder, purge_step))
+        elif name == "wandb":
+            # The id makes a resumed run continue its curves.
+            key = f"{task}-{folder.name}".replace("/", "-").replace(".", "-")
+            loggers.append(WandbLogger(name=key, id=key, save_dir=folder, project="hgrn2", resume="allow"))
+    return loggers

@@ -1,0 +1,198 @@
+"""Stopping well: SIGTERM and Ctrl-C finish the optimiser step and write last.ckpt; a NaN loss stops with a reason.
+
+Lightning's own SIGTERM handler (2.6) runs a collective inside the handler and saves nothing; it is never installed.
+Instead, ``Signals`` sets a flag, and ``Guard`` makes all ranks agree on it at the end of each optimiser step.
+"""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+
+from hgrn2.config import ConfigError
+from tasks.checkpoints import Checkpoints
+
+NEVER = 2**62  # larger than any step
+
+
+class Leave(SystemExit):
+    """Ends the program with a status and one message for the person."""
+
+    def __init__(self, code: int, message: str = "") -> None:
+        super().__init__(code)
+        self.message = message
+
+
+def say(text: str) -> None:
+    """A line for the person, wrapped by the terminal and not by us, so that paths can be copied."""
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class Signals:
+    """SIGTERM and SIGINT: remembered while training (``deferred``), obeyed at once elsewhere and the second time."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.deferred = False
+        self.children: list[subprocess.Popen] = []
+        self._pid = os.getpid()
+        self._when = 0.0
+
+    @contextmanager
+    def installed(self) -> Iterator["Signals"]:
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {signum: signal.signal(signum, self._handle) for signum in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    def _handle(self, signum: int, frame: Any) -> None:
+        if os.getpid() != self._pid:
+            return  # a data worker, signalled with its group: the step in flight still needs it; it ends with its parent
+        if self.received is None:
+            self.received, self._when = signum, time.monotonic()
+            if not self.deferred:
+                raise Leave(128 + signum)
+            return
+        # Launchers pass a signal on that also reached us directly: one signal, not two.
+        if dist.is_initialized() and dist.get_world_size() > 1 and time.monotonic() - self._when < 0.3:
+            return
+        for child in self.children:
+            child.kill()
+        os._exit(128 + signum)
+
+
+class Guard(Callback):
+    """Watches for a signal and for losses that are not finite, and leaves the fit at a point that resumes exactly."""
+
+    def __init__(self, signals: Signals, checkpoints: Checkpoints, start: Path | None = None) -> None:
+        self.signals, self.checkpoints, self.start = signals, checkpoints, start
+        checkpoints.guard = self
+        self.stopping = 0  # the signal that all ranks agreed to obey
+        self._group: Any = None
+        self._step = 0
+        self._first_bad: torch.Tensor | None = None  # step of the first bad loss; stays on the device
+        self._common_val_batches = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        trainer._signal_connector.register_signal_handlers = lambda: None
+        self.signals.children = list(getattr(trainer.strategy.launcher, "procs", []))
+        if trainer.world_size > 1 and dist.is_initialized():
+            self._group = dist.new_group(backend="gloo")  # host memory: never waits for a GPU
+            if (first := trainer.strategy.broadcast(self.start)) != self.start:
+                raise ConfigError(
+                    f"rank {trainer.global_rank} starts from {self.start}, rank 0 from {first}: "
+                    "run_root must be on storage that all nodes share"
+                )
+
+    def _agree(self, *values: int) -> list[int]:
+        """The largest of each value over all ranks."""
+        if self._group is None:
+            return list(values)
+        tensor = torch.tensor(values)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group)
+        return tensor.tolist()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.signals.deferred = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._leave_if_asked(trainer)
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(loss, torch.Tensor):
+            step = torch.where(torch.isfinite(loss.detach()).all(), NEVER, self._step + 1)
+            self._first_bad = step if self._first_bad is None else torch.minimum(self._first_bad, step)
+        if trainer.global_step == self._step:
+            return  # inside an accumulation
+        free = self._first_bad is None or self._first_bad.device.type == "cpu"
+        look = free or trainer.global_step % max(trainer.log_every_n_steps, 1) == 0
+        self.stopping, bad = self._agree(self.signals.received or 0, -self._bad_step() if look else -NEVER)
+        self._leave_if_bad(trainer, -bad)
+
+    def _bad_step(self) -> int:
+        return NEVER if self._first_bad is None else int(self._first_bad)  # waits for the device
+
+    def _leave_if_bad(self, trainer: Trainer, step: int, what: str = "the loss is not finite (NaN or inf)") -> None:
+        if step >= NEVER:
+            return
+        saved = self.checkpoints.saved_step
+        good = self.checkpoints.last_model_path
+        if saved is None:
+            good = self.start  # nothing written by this process: what it started from
+        kept = f"Last good checkpoint: {good}" + (f" (step {saved})" if saved is not None else "")
+        where = f"optimizer step {step} (epoch {trainer.current_epoch})"
+        self._leave(
+            trainer,
+            1,
+            f"{what} at {where}. {kept if good else 'No checkpoint was written yet.'} "
+            "Try a lower learning rate, gradient clipping, or a higher trainer.precision.",
+        )
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        finite = all(bool(torch.isfinite(parameter).all()) for parameter in pl_module.parameters())
+        loss_step, weights_step = self._agree(-self._bad_step(), -NEVER if finite else -trainer.global_step)
+        self._leave_if_bad(trainer, -loss_step)
+        self._leave_if_bad(trainer, -weights_step, "a weight is not finite (NaN or inf)")
+
+    # The places to leave: after everything about a batch is logged and last.ckpt is written.
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave_if_asked(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave_if_asked(trainer)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            batches = trainer.num_val_batches
+            mine = sum(batches) if isinstance(batches, list) else batches
+            # Ranks may hold different numbers of batches: agree only on those that all of them have.
+            self._common_val_batches = 0 if mine == float("inf") else -self._agree(-int(mine))[0]
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        if self._common_val_batches > 0 and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._common_val_batches -= 1
+            self.stopping = self._agree(self.signals.received or 0)[0]
+            self._leave_if_asked(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave_if_asked(trainer)
+        self.signals.deferred = False
+
+    def _leave_if_asked(self, trainer: Trainer) -> None:
+        if self.stopping:
+            name = signal.Signals(self.stopping).name
+            last = self.checkpoints.last_model_path if self.checkpoints.saved_step is not None else self.start
+            self._leave(
+                trainer,
+                128 + self.stopping,
+                f"{name}: stopped after optimizer step {trainer.global_step}. "
+                + (f"Last checkpoint: {last}" if last else "No checkpoint was written."),
+            )
+
+    def _leave(self, trainer: Trainer, code: int, message: str) -> None:
+        """Every rank comes here together. Lightning's observer would kill rank 0 when a child ends with a status."""
+        self.signals.deferred = False
+        procs = getattr(trainer.strategy.launcher, "procs", None)
+        if procs:
+            procs.clear()  # still in signals.children, which main() waits for
+        self._agree(0)
+        raise Leave(code, message if trainer.is_global_zero else "")
