@@ -1,0 +1,203 @@
+"""What every task shares: the training step, metrics and logging, the optimiser, reproducible randomness."""
+
+import dataclasses
+import random
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from hgrn2 import HGRN2Config
+from hgrn2.config import check
+from tasks.optim import OptimConfig, build_optimizer
+
+EVAL_STAGES = ("val", "test")
+
+
+def as_config(cls: type, value: Any) -> Any:
+    """A config dataclass from itself or, out of a checkpoint, from its plain dict."""
+    return cls(**value) if isinstance(value, dict) else value
+
+
+def seed_step(seed: int, position: int, rank: int) -> None:
+    """Seed torch, CUDA, numpy and python for one micro-batch: dropout is a function of where training stands.
+
+    So a resumed or replayed step repeats its loss exactly, wherever its checkpoint was written.
+    """
+    words = np.random.SeedSequence((seed, position, rank)).generate_state(2, np.uint64)
+    torch.manual_seed(int(words[0]) >> 1)
+    np.random.seed(int(words[1]) & 0xFFFFFFFF)  # noqa: NPY002 - libraries draw from the global state
+    random.seed(int(words[1]))
+
+
+class Task(LightningModule):
+    """Base of the tasks. A subclass sets `self.model` and the two metric groups, and writes `compute`.
+
+    Args:
+        backbone: the HGRN2 backbone.
+        optim: optimiser and schedule.
+        seed: of dropout and other randomness in training.
+        init_args: the subclass's own arguments, kept in checkpoints for `load_from_checkpoint`.
+    """
+
+    progress_metric = "acc"  # shown in the progress bar next to the loss
+
+    def __init__(self, backbone: HGRN2Config, optim: OptimConfig, seed: int, init_args: dict[str, Any]):
+        super().__init__()
+        self.backbone_config, self.optim_config, self.seed = backbone, optim, seed
+        self._init_args = {
+            "backbone": dataclasses.asdict(backbone),
+            "optim": dataclasses.asdict(optim),
+            "seed": seed,
+            **init_args,
+        }
+        self.model: nn.Module
+        self.losses = nn.ModuleDict({stage: MeanMetric() for stage in EVAL_STAGES})
+        self.metrics = nn.ModuleDict({stage: MetricCollection(self.make_metrics()) for stage in EVAL_STAGES})
+        self._last_count = (0, 0)
+
+    # -- what a task says about itself -------------------------------------------------------------------------------
+
+    def make_metrics(self) -> dict:
+        """torchmetrics for evaluation by name, without prefix."""
+        return {}
+
+    def compute(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One batch through the model.
+
+        Returns:
+            `loss`: the scalar to train on; `sum` and `count`: the summed loss over the batch's valid targets and
+            their number, for evaluation; `preds` and `target`: of valid samples, for the metrics (optional).
+        """
+        raise NotImplementedError
+
+    def count(self, batch: dict[str, Tensor]) -> tuple[int, int]:
+        """(samples, tokens) in a batch, for throughput; tokens without padding where that is known on the host."""
+        raise NotImplementedError
+
+    def derived_metrics(self, loss: Tensor) -> dict[str, Tensor]:
+        """Further scalars that follow from the mean evaluation loss."""
+        return {}
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        processed = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        seed_step(self.seed, processed, self.global_rank)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        out = self.compute(batch)
+        self.log("train/loss", out["loss"], prog_bar=True)
+        for name, value in self.train_scalars(out).items():
+            self.log(f"train/{name}", value, prog_bar=name == self.progress_metric)
+        return out["loss"]
+
+    def train_scalars(self, out: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Scalars of a training batch beside the loss."""
+        if "preds" not in out:
+            return {}
+        return {"acc": (out["preds"] == out["target"]).float().mean()}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            grads = [p.grad for p in self.parameters() if p.grad is not None]
+            self.log("train/grad_norm", torch.nn.utils.get_total_norm(grads))
+
+    def configure_optimizers(self) -> dict:
+        # the gradient scaler of fp16 and a fused optimiser exclude gradient clipping
+        fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
+        return build_optimizer(self, self.optim_config, fused)
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, batch: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
+        out = self.compute(batch)
+        mean = out["sum"] / out["count"].clamp(min=1)
+        self.losses[stage].update(mean.detach(), weight=out["count"])
+        if len(self.metrics[stage]) and "preds" in out:
+            self.metrics[stage].update(out["preds"], out["target"])
+        return out
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def _finish(self, stage: str) -> None:
+        loss = self.losses[stage].compute()
+        values = {"loss": loss, **self.metrics[stage].compute(), **self.derived_metrics(loss)}
+        for name, value in values.items():
+            # each value is already the one of all ranks
+            self.log(f"{stage}/{name}", value.float(), prog_bar=name in ("loss", self.progress_metric))
+        self.losses[stage].reset()
+        self.metrics[stage].reset()
+
+    def on_validation_epoch_end(self) -> None:
+        self._finish("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._finish("test")
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # plain values only, so that loading works with weights_only=True
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = self._init_args
+
+
+class ClassificationTask(Task):
+    """A task with one label a sample; subclasses write `logits`.
+
+    Args:
+        num_classes: number of labels.
+        label_smoothing: in training; evaluation reports the plain cross-entropy.
+    """
+
+    def __init__(
+        self,
+        backbone: HGRN2Config,
+        optim: OptimConfig,
+        seed: int,
+        num_classes: int,
+        label_smoothing: float,
+        init_args: dict[str, Any],
+    ):
+        check(
+            [f"model.num_classes={num_classes} must be at least 2"] * (num_classes < 2)
+            + [f"model.label_smoothing={label_smoothing} must be in [0, 1)"] * (not 0 <= label_smoothing < 1)
+        )
+        self.num_classes, self.label_smoothing = num_classes, label_smoothing
+        own = {"num_classes": num_classes, "label_smoothing": label_smoothing}
+        super().__init__(backbone, optim, seed, {**own, **init_args})
+
+    def make_metrics(self) -> dict:
+        return {"acc": MulticlassAccuracy(self.num_classes, average="micro")}
+
+    def logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """`[B, num_classes]` of a batch."""
+        raise NotImplementedError
+
+    def compute(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        logits, target = self.logits(batch).float(), batch["label"]
+        if self.training:
+            loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
+            return {"loss": loss, "preds": logits.argmax(-1), "target": target}
+        valid = batch["valid"]
+        losses = F.cross_entropy(logits, target, reduction="none").masked_fill(~valid, 0)
+        return {
+            "sum": losses.sum(),
+            "count": valid.sum(),
+            "preds": logits.argmax(-1)[valid],
+            "target": target[valid],
+        }
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Class probabilities and labels of the batch's valid samples."""
+        probs, valid = self.logits(batch).float().softmax(-1), batch["valid"]
+        return {"probs": probs[valid], "preds": probs.argmax(-1)[valid], "label": batch["label"][valid]}

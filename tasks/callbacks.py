@@ -1,0 +1,180 @@
+"""What Lightning lacks: throughput, memory horizon, samples to look at, one line that says what runs."""
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from hgrn2 import HGRN2Mixer
+from hgrn2.ops import choose_impl
+from tasks.base import Task
+from tasks.plots import horizon_map
+
+MAX_HALF_LIFE = 1e6  # tokens; a gate that never forgets has none
+MAX_VALUES = 65_536  # a head and layer; enough for a histogram
+
+
+def tensorboard_writer(trainer: Trainer):
+    """TensorBoard's SummaryWriter on the rank that has one, else None."""
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                return logger.experiment
+    return None
+
+
+class Startup(Callback):
+    """One line at the start of a run: device, precision, parameters, and the implementation of the scan."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Task) -> None:
+        rank_zero_info(describe(trainer, pl_module))
+
+
+def describe(trainer: Trainer, task: Task) -> str:
+    """What is about to run, in a line."""
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    config = task.backbone_config
+    impl, reason = (config.impl, "asked for") if config.impl != "auto" else choose_impl(device, config.expand_ratio)
+    parameters = sum(p.numel() for p in task.parameters())
+    count = f"{parameters / 1e6:.2f}M" if parameters >= 1e4 else str(parameters)
+    return (
+        f"{type(task).__name__}: {trainer.world_size} x {name}, precision {trainer.precision}, {count} parameters, "
+        f"hgrn2_scan runs {impl} ({reason})"
+    )
+
+
+class ThroughputLogger(Callback):
+    """Logs `train/samples_per_s` and `train/tokens_per_s` (all devices together), validation's time left out."""
+
+    def __init__(self):
+        self._samples = self._tokens = 0
+        self._since: float | None = None
+        self._paused = 0.0
+        self._pause_began = 0.0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
+        now = time.perf_counter()
+        if self._since is None:  # the first step warms up: it starts the clock and does not count
+            self._since = now
+            return
+        samples, tokens = pl_module.count(batch)
+        self._samples += samples
+        self._tokens += tokens
+        step = trainer.global_step
+        if step and step % trainer.log_every_n_steps == 0 and not trainer.fit_loop._should_accumulate():
+            elapsed = max(now - self._since - self._paused, 1e-9)
+            scale = trainer.world_size / elapsed
+            pl_module.log("train/samples_per_s", self._samples * scale)
+            pl_module.log("train/tokens_per_s", self._tokens * scale, prog_bar=True)
+            self._samples = self._tokens = 0
+            self._since, self._paused = now, 0.0
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Task) -> None:
+        self._pause_began = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Task) -> None:
+        self._paused += time.perf_counter() - self._pause_began
+
+
+class MemoryHorizon(Callback):
+    """TensorBoard: how far back each layer and head remembers, on the first validation batch.
+
+    The half-life of channel c is ln 2 / -log lam_c tokens; a histogram a layer, and a layer x head map of medians.
+    """
+
+    def __init__(self):
+        self._half_lives: dict[int, Tensor] = {}
+        self._handles: list = []
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: Task, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx or trainer.sanity_checking or tensorboard_writer(trainer) is None:
+            return
+        mixers = [module for module in pl_module.modules() if isinstance(module, HGRN2Mixer)]
+        self._half_lives = {}
+        for layer, mixer in enumerate(mixers):
+            hook = self._recorder(layer)
+            self._handles.append(mixer.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _recorder(self, layer: int):
+        def record(mixer: HGRN2Mixer, args: tuple, kwargs: dict) -> None:
+            x, gamma = args
+            decay = -mixer.log_decay(x, gamma)  # [B, T, H, K]
+            half_life = (math.log(2) / decay.clamp(min=math.log(2) / MAX_HALF_LIFE)).movedim(2, 0)
+            lengths = kwargs.get("lengths")
+            if lengths is not None:
+                real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+                half_life = half_life[:, real]
+            half_life = half_life.flatten(1)  # [H, tokens * K]
+            self._half_lives[layer] = half_life[:, :: max(1, half_life.shape[1] // MAX_VALUES)].cpu()
+
+        return record
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._remove()
+
+    def on_exception(self, trainer: Trainer, pl_module: Task, exception: BaseException) -> None:
+        self._remove()
+
+    def _remove(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Task) -> None:
+        writer = tensorboard_writer(trainer)
+        if writer is None or not self._half_lives:
+            return
+        for layer, values in self._half_lives.items():
+            writer.add_histogram(
+                f"memory_horizon/layer_{layer:02d}_log10_tokens", values.flatten().log10(), trainer.global_step
+            )
+        medians = np.stack([values.median(1).values.numpy() for _, values in sorted(self._half_lives.items())])
+        writer.add_figure("memory_horizon/map", horizon_map(medians), trainer.global_step)
+        self._half_lives = {}
+
+
+class SampleViewer(Callback):
+    """TensorBoard: what the model makes of a few held-out samples, at every validation.
+
+    Args:
+        count: number of samples to show.
+    """
+
+    def __init__(self, count: int = 24):
+        self.count = count
+        self._batch: dict[str, Tensor] | None = None
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: Task, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx == 0 and not trainer.sanity_checking:
+            keep = batch["valid"].nonzero().flatten()[: self.count]
+            self._batch = {key: value[keep] for key, value in batch.items()}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Task) -> None:
+        writer = tensorboard_writer(trainer)
+        if writer is not None and self._batch is not None:
+            pl_module.show_samples(writer, self._batch, trainer.global_step)
+        self._batch = None
+
+
+# the command line turns each into a group of options; trainer.callbacks adds to them
+CALLBACKS = {
+    "progress": RichProgressBar,
+    "lr_monitor": LearningRateMonitor,
+    "startup": Startup,
+    "throughput": ThroughputLogger,
+    "memory_horizon": MemoryHorizon,
+    "samples": SampleViewer,
+}

@@ -1,0 +1,226 @@
+"""Data shared by all tasks: the order of training samples, and loaders that can start at any position.
+
+The order is a pure function of (seed, epoch, position): epoch e visits a permutation drawn from (seed, e), cut into
+global batches that the ranks divide among themselves. Where a run stands follows from the number of batches it has
+consumed, which Lightning's checkpoints hold; what was prefetched does not count.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+from hgrn2.config import ConfigError, check
+
+
+class SampleKey(NamedTuple):
+    """Names one sample: the epoch it is drawn in (for augmentation), its index, and False for a filler."""
+
+    epoch: int
+    index: int
+    valid: bool = True
+
+
+class Samples(Protocol):
+    """What a task's data module provides for each split."""
+
+    def __len__(self) -> int: ...
+
+    def get(self, index: int, rng: np.random.Generator | None) -> dict[str, Any]:
+        """Sample `index`; rng seeds the augmentation of training samples and is None in evaluation."""
+
+
+class KeyedDataset(Dataset):
+    """Looks samples up by `SampleKey`; the augmentation's generator is seeded by (seed, epoch, index)."""
+
+    def __init__(self, samples: Samples, seed: int, train: bool):
+        self.samples, self.seed, self.train = samples, seed, train
+
+    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+        rng = np.random.default_rng((self.seed, key.epoch, key.index)) if self.train else None
+        return {**self.samples.get(key.index, rng), "valid": key.valid}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
+    """The permutation of `size` samples that epoch `epoch` visits."""
+    return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+class TrainOrder:
+    """Batches of keys for one rank, from global batch `start()` on, for one epoch's worth of batches."""
+
+    def __init__(self, size: int, batch_size: int, seed: int, rank: int, world_size: int, start: Callable[[], int]):
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.rank, self.world_size, self.start = rank, world_size, start
+
+    def __len__(self) -> int:
+        return self.size // self.batch_size
+
+    def batch(self, position: int, order: np.ndarray | None = None) -> list[SampleKey]:
+        """This rank's share of the global batch at `position` (counted from the start of the run)."""
+        epoch, offset = divmod(position, len(self))
+        order = epoch_order(self.seed, epoch, self.size) if order is None else order
+        share = self.batch_size // self.world_size
+        begin = offset * self.batch_size + self.rank * share
+        return [SampleKey(epoch, int(i)) for i in order[begin : begin + share]]
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        start, order, drawn = self.start(), None, None
+        # Lightning ends an epoch by its own count, so running into the next one is harmless and keeps
+        # epochs shortened by limit_train_batches moving through the data
+        for position in range(start, start + len(self)):
+            epoch = position // len(self)
+            if drawn != epoch:
+                order, drawn = epoch_order(self.seed, epoch, self.size), epoch
+            yield self.batch(position, order)
+
+
+class EvalOrder:
+    """Every sample once, ranks taking turns; the same number of batches on each, so that collectives match.
+
+    Ranks that run out get fillers (`valid` False) that no metric counts.
+    """
+
+    def __init__(self, size: int, batch_size: int, rank: int, world_size: int):
+        self.size, self.batch_size, self.rank, self.world_size = size, batch_size, rank, world_size
+
+    def __len__(self) -> int:
+        per_rank = -(-self.size // self.world_size)
+        return -(-per_rank // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        indices = range(self.rank, -(-self.size // self.world_size) * self.world_size, self.world_size)
+        keys = [SampleKey(0, i, True) if i < self.size else SampleKey(0, 0, False) for i in indices]
+        for begin in range(0, len(keys), self.batch_size):
+            yield keys[begin : begin + self.batch_size]
+
+
+class Loader:
+    """A DataLoader over an order. Not a DataLoader subclass: Lightning would replace its sampler under DDP."""
+
+    def __init__(self, dataset: KeyedDataset, order, collate: Callable, num_workers: int, pin_memory: bool):
+        self.order = order
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=order,
+            collate_fn=collate,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=pin_memory,
+            # its own generator: drawing the workers' base seed must not touch the global one
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[dict]:
+        return iter(self._loader)
+
+    # Lightning asks a resumable loader for these; the position itself is held by the data module
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
+
+
+class TaskData(LightningDataModule):
+    """Base of the tasks' data modules. Subclasses fill `self.splits` in `setup` and may override `collate`.
+
+    Args:
+        batch_size: training samples a step over all devices together, so that a recipe keeps its meaning on any
+            number of GPUs; times trainer.accumulate_grad_batches per optimiser step.
+        eval_batch_size: samples a step and device in evaluation; null for batch_size.
+        num_workers: loader processes a device.
+        seed: of the training order and the augmentation.
+    """
+
+    def __init__(self, batch_size: int, eval_batch_size: int | None, num_workers: int, seed: int):
+        super().__init__()
+        problems = [f"data.batch_size={batch_size} must be at least 1"] if batch_size < 1 else []
+        if eval_batch_size is not None and eval_batch_size < 1:
+            problems.append(f"data.eval_batch_size={eval_batch_size} must be at least 1")
+        if num_workers < 0:
+            problems.append(f"data.num_workers={num_workers} must not be negative")
+        if seed < 0:
+            problems.append(f"data.seed={seed} must not be negative")
+        check(problems)
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.num_workers, self.seed = num_workers, seed
+        self.splits: dict[str, Samples] = {}
+        self._resumed: dict | None = None
+
+    def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        """Stack a batch of samples; override for ragged ones."""
+        return {key: torch.as_tensor(np.stack([item[key] for item in items])) for key in items[0]}
+
+    def prepare_data(self) -> None:
+        # read the data before any folder or logger exists, so that a wrong path leaves nothing behind
+        self.setup()
+
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def consumed_batches(self) -> int:
+        """Global batches that training has consumed since the start of the run."""
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0
+
+    def _loader(self, split: str, order) -> Loader:
+        pin = bool(self.trainer) and self.trainer.strategy.root_device.type == "cuda"
+        dataset = KeyedDataset(self.splits[split], self.seed, train=split == "train")
+        return Loader(dataset, order, self.collate, self.num_workers, pin)
+
+    def train_dataloader(self) -> Loader:
+        rank, world_size = self._ranks
+        size = len(self.splits["train"])
+        if self.batch_size > size:
+            raise ConfigError(f"data.batch_size={self.batch_size} exceeds the {size} training samples")
+        if self.batch_size % world_size:
+            raise ConfigError(
+                f"data.batch_size={self.batch_size} is the batch over all devices and must be divisible by their "
+                f"number ({world_size}: trainer.devices x trainer.num_nodes)"
+            )
+        self._check_resumed(size)
+        order = TrainOrder(size, self.batch_size, self.seed, rank, world_size, self.consumed_batches)
+        return self._loader("train", order)
+
+    def _eval_loader(self, split: str) -> Loader:
+        return self._loader(split, EvalOrder(len(self.splits[split]), self.eval_batch_size, *self._ranks))
+
+    def val_dataloader(self) -> Loader:
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> Loader:
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> Loader:
+        return self._eval_loader("test")
+
+    def state_dict(self) -> dict:
+        return {**self._signature(), "samples_consumed": self.consumed_batches() * self.batch_size}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._resumed = state
+
+    def _signature(self) -> dict:
+        """What must stay the same for a resumed run to see the samples that the uninterrupted run would have seen."""
+        return {"batch_size": self.batch_size, "seed": self.seed, "train_samples": len(self.splits.get("train", ()))}
+
+    def _check_resumed(self, size: int) -> None:
+        if self._resumed is None:
+            return
+        now = {**self._signature(), "train_samples": size}
+        changed = [f"data.{k}={now[k]} (checkpoint: {self._resumed[k]})" for k in now if now[k] != self._resumed[k]]
+        if changed:
+            raise ConfigError(
+                f"cannot resume: {', '.join(changed)} would change the order of the training samples; "
+                "keep the checkpoint's value, or start a new run"
+            )

@@ -1,0 +1,1 @@
+"""Causal language modelling: tokens, a causal backbone, next-token prediction."""

@@ -1,0 +1,91 @@
+"""The language-modelling task: next-token loss, perplexity, bits per byte, generated text."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hgrn2 import HGRN2Config
+from tasks.base import Task, as_config
+from tasks.lm.model import LanguageModel
+from tasks.optim import OptimConfig
+
+
+class LMTask(Task):
+    """Causal language modelling.
+
+    Args:
+        backbone: the HGRN2 backbone (scan: causal).
+        optim: optimiser and schedule.
+        vocab_size: number of tokens; 256 for bytes.
+        tie_embeddings: one matrix for embedding and output.
+        prompt: text that the logged sample continues.
+        sample_tokens: length of the logged sample.
+        temperature: of the logged sample; 0 is greedy.
+        seed: of dropout and other randomness in training.
+    """
+
+    progress_metric = "bpb"
+
+    def __init__(
+        self,
+        backbone: HGRN2Config = HGRN2Config(),
+        optim: OptimConfig = OptimConfig(),
+        vocab_size: int = 256,
+        tie_embeddings: bool = True,
+        prompt: str = "def ",
+        sample_tokens: int = 256,
+        temperature: float = 0.8,
+        seed: int = 0,
+    ):
+        backbone, optim = as_config(HGRN2Config, backbone), as_config(OptimConfig, optim)
+        own = {
+            "vocab_size": vocab_size,
+            "tie_embeddings": tie_embeddings,
+            "prompt": prompt,
+            "sample_tokens": sample_tokens,
+            "temperature": temperature,
+        }
+        super().__init__(backbone, optim, seed, own)
+        self.prompt, self.sample_tokens, self.temperature = prompt, sample_tokens, temperature
+        self.model = LanguageModel(backbone, vocab_size, tie_embeddings)
+
+    def _token_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of each target `[B, T]` and the mask of targets that count."""
+        tokens = batch["tokens"]
+        logits = self.model(tokens[:, :-1])
+        losses = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        position = torch.arange(tokens.shape[1] - 1, device=tokens.device)
+        counts = (position < batch["length"][:, None]) & batch["valid"][:, None]
+        return losses.view(counts.shape), counts
+
+    def compute(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        losses, counts = self._token_losses(batch)
+        total, count = (losses * counts).sum(), counts.sum()
+        return {"loss": total / count.clamp(min=1), "sum": total, "count": count}
+
+    def derived_metrics(self, loss: Tensor) -> dict[str, Tensor]:
+        return {"ppl": loss.exp(), "bpb": loss / math.log(2)}
+
+    def train_scalars(self, out: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"bpb": out["loss"].detach() / math.log(2)}
+
+    def count(self, batch: dict[str, Tensor]) -> tuple[int, int]:
+        rows, width = batch["tokens"].shape
+        return rows, rows * (width - 1)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Summed loss (nats) and number of targets of each valid block."""
+        losses, counts = self._token_losses(batch)
+        valid = batch["valid"]
+        return {"loss": (losses * counts).sum(1)[valid], "targets": counts.sum(1)[valid]}
+
+    def show_samples(self, writer, batch: dict[str, Tensor], step: int) -> None:
+        """Text that continues the prompt; drawn by its own generator, so that training's randomness is untouched."""
+        data = self.trainer.datamodule
+        prompt = torch.as_tensor(data.encode(self.prompt or "\n"), device=self.device)[None]
+        generator = torch.Generator().manual_seed(self.seed)
+        tokens = self.model.generate(prompt, self.sample_tokens, self.temperature, generator)
+        text = data.decode(tokens[0].cpu().numpy()).replace("\0", "\n# --- end of file ---\n")
+        writer.add_text("samples/generated", "    " + text.replace("\n", "\n    "), step)

@@ -1,0 +1,1 @@
+"""Long Range Arena sequence classification: tokens, a bidirectional backbone, masked mean pooling."""

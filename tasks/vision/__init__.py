@@ -1,0 +1,1 @@
+"""ViT-style image classification: patches, a bidirectional or 2-D backbone, mean pooling."""
