@@ -66,9 +66,8 @@ def read_request(argv: list[str]) -> Request:
             request.task = match[2]
         elif token.startswith("--") and not match:
             request.tokens.append(token)
-            if rest and not rest[0].startswith("--") and not (m := ASSIGNMENT.fullmatch(rest[0])):
-                request.tokens.append(rest.pop(0))
-            elif rest and not rest[0].startswith("--") and m and m[1] != "task":
+            # Its value is the next word, unless that is the task (a bool needs none; to_flags knows which are bools).
+            if rest and not rest[0].startswith(("--", "task=")):
                 request.tokens.append(rest.pop(0))
         elif match:
             request.tokens.append(token)
@@ -121,7 +120,7 @@ def to_flags(tokens: list[str], hints: dict[str, Any]) -> list[str]:
 
 
 def check_known(keys: list[str], hints: dict[str, Any], source: str = "") -> None:
-    """Refuses a key that no setting has; below a setting that holds an object (a callback, ...) jsonargparse decides."""
+    """Refuses a key that no setting has; below one that holds an object (a callback, ...) jsonargparse decides."""
     for key in keys:
         parts = key.split(".")
         above = (".".join(parts[:end]) for end in range(1, len(parts)))
@@ -207,8 +206,7 @@ for _tag, _pattern, _first in (
 
 
 def _load(text: str) -> Any:
-    value = yaml.load(text, Loader=_CoreLoader)  # noqa: S506 - a SafeLoader
-    return text if isinstance(value, dict) and not text.lstrip().startswith("{") else value
+    return yaml.load(text, Loader=_CoreLoader)
 
 
 set_loader("core", _load, exceptions=(yaml.YAMLError,), json_superset=True)

@@ -1,8 +1,8 @@
 """When ``last.ckpt`` and ``best.ckpt`` are written, and in which state, so that a resumed fit repeats every loss.
 
 Lightning's loops save whatever their counters say in the hook that saves, and some of these states resume inexactly
-(an epoch counted twice, a validation skipped, a batch too many). ``settle`` rewrites the counters to one of three states
-that resume exactly: between two batches, before a validation, or after an epoch.
+(an epoch counted twice, a validation skipped, a batch too many). ``settle`` rewrites the counters to one of three
+states that resume exactly: between two batches, before a validation, or after an epoch.
 """
 
 from pathlib import Path
@@ -51,7 +51,8 @@ class Checkpoints(Checkpoint):
     """Writes last.ckpt and best.ckpt into the run folder.
 
     Args:
-        every_n_steps: write last.ckpt every so many optimiser steps (also around each validation and at each epoch's end); 0: only there
+        every_n_steps: optimiser steps between writes of last.ckpt, which is also written around each validation and at
+            each epoch's end; 0: only there
         monitor: the logged metric that decides which checkpoint is best
         mode: whether the smallest (min) or the largest (max) value is best
     """
@@ -134,7 +135,7 @@ class Checkpoints(Checkpoint):
 
     def _save_last(self, trainer: Trainer) -> None:
         if self._writes(trainer):
-            trainer.save_checkpoint(self.last_model_path)
+            trainer.save_checkpoint(self.last_model_path, weights_only=False)
             self.saved_step = trainer.global_step
 
     def _save_judged(self, trainer: Trainer, whole_step: bool) -> None:
@@ -153,10 +154,10 @@ class Checkpoints(Checkpoint):
                 self._save_last(trainer)
             return
         self.best_score = score
-        trainer.save_checkpoint(self.best_model_path)
+        trainer.save_checkpoint(self.best_model_path, weights_only=False)
         if whole_step:
             if Path(self.best_model_path).is_dir():  # sharded: no link
-                trainer.save_checkpoint(self.last_model_path)
+                trainer.save_checkpoint(self.last_model_path, weights_only=False)
             elif trainer.is_global_zero:
                 link_atomically(Path(self.best_model_path), Path(self.last_model_path))
             trainer.strategy.barrier("last.ckpt")

@@ -13,7 +13,7 @@ from tasks.arguments import overview, read_request
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs a command line; a person's mistake ends with one message on stderr and status 2, a bug with its traceback."""
+    """Runs a command line. A person's mistake ends with one message on stderr and status 2, a bug with a traceback."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         request = read_request(argv)

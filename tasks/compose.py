@@ -124,6 +124,33 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"{key}{str(error).splitlines()[0]}") from error
 
 
+def over_saved(config: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """A run's saved configuration on top of the files'. It holds no interpolations; those that explain its values stay,
+    so that a further override (more ``trainer.max_steps``) still carries over (``model.optim.total_steps``)."""
+    linked = {key for key in flatten(config) if isinstance(value := at(config, key), str) and "${" in value}
+    explained = resolve(merge(config, _without(saved, linked)))
+    plain = resolve(saved)
+    kept = {key for key in linked if at(explained, key) == at(plain, key, at(explained, key))}
+    return merge(config, _without(saved, kept))
+
+
+def at(config: dict[str, Any], key: str, default: Any = None) -> Any:
+    """The value of a dotted key."""
+    for part in key.split("."):
+        if not isinstance(config, dict) or part not in config:
+            return default
+        config = config[part]
+    return config
+
+
+def _without(config: dict[str, Any], keys: set[str], prefix: str = "") -> dict[str, Any]:
+    return {
+        key: _without(value, keys, f"{prefix}{key}.") if isinstance(value, dict) else value
+        for key, value in config.items()
+        if f"{prefix}{key}" not in keys
+    }
+
+
 def escape(value: Any) -> Any:
     """Text that a person typed, protected so that ``resolve`` returns it unchanged even if it holds ``${``."""
     if isinstance(value, dict):

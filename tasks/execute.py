@@ -109,12 +109,12 @@ class TaskCLI(LightningCLI):
 
     def _show_help(self, parser: LightningArgumentParser, resolved: dict[str, Any]) -> None:
         keys = {key for key in compose.flatten(resolved) if key in args.known_keys(parser)}
-        parser.set_defaults({key: _at(resolved, key) for key in keys})
+        parser.set_defaults({key: compose.at(resolved, key) for key in keys})
         sys.stdout.write(parser.format_help())
         raise Done
 
     def _decide(self, root: Path, once: dict[str, Any]) -> Choice:
-        """Rank 0's choice of checkpoint and run; a child that it launched inherits it, other ranks see the same files."""
+        """Rank 0's choice of checkpoint and run: its children inherit it, ranks of other launchers see the same."""
         if _is_child() and DECISION in os.environ:
             decided = {key: value and Path(value) for key, value in json.loads(os.environ[DECISION]).items()}
             self.folder = decided["folder"]
@@ -128,7 +128,7 @@ class TaskCLI(LightningCLI):
             raise ConfigError(f"{self.choice.checkpoint}: of another domain than task={self.task}")
         if self.request.command != "fit":
             saved = {key: saved[key] for key in ("model", "data", "seed") if key in saved}
-        return compose.merge(compose.merge(config, saved), typed)
+        return compose.merge(compose.over_saved(config, saved), typed)
 
     def _set_seed(self) -> None:
         seed_everything(self.config["seed"], workers=True, verbose=False)
@@ -245,12 +245,6 @@ def _text(path: Path | None) -> str | None:
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _at(config: dict[str, Any], key: str) -> Any:
-    for part in key.split("."):
-        config = config[part]
-    return config
 
 
 def _is_child() -> bool:

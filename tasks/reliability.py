@@ -38,6 +38,10 @@ def say(text: str) -> None:
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def _nothing() -> None:
+    """Lightning's register_signal_handlers."""
+
+
 class Signals:
     """SIGTERM and SIGINT: remembered while training (``deferred``), obeyed at once elsewhere and the second time."""
 
@@ -62,7 +66,7 @@ class Signals:
 
     def _handle(self, signum: int, frame: Any) -> None:
         if os.getpid() != self._pid:
-            return  # a data worker, signalled with its group: the step in flight still needs it; it ends with its parent
+            return  # a data worker, signalled with its group: the step in flight needs it; it ends with its parent
         if self.received is None:
             self.received, self._when = signum, time.monotonic()
             if not self.deferred:
@@ -89,7 +93,7 @@ class Guard(Callback):
         self._common_val_batches = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        trainer._signal_connector.register_signal_handlers = lambda: None
+        trainer._signal_connector.register_signal_handlers = _nothing
         self.signals.children = list(getattr(trainer.strategy.launcher, "procs", []))
         if trainer.world_size > 1 and dist.is_initialized():
             self._group = dist.new_group(backend="gloo")  # host memory: never waits for a GPU

@@ -85,10 +85,8 @@ def check_fits(model: nn.Module, checkpoint: dict[str, Any], path: Path) -> None
     theirs = {key: tuple(getattr(value, "shape", ())) for key, value in checkpoint.get("state_dict", ours).items()}
     if ours == theirs:
         return
-    parts = [f"{key} is {theirs[key]} there and {ours[key]} here" for key in ours.keys() & theirs.keys()]
-    parts = sorted(
-        part for part in parts if (pair := part.split(" is ")[1].split(" there and "))[0] + " here" != pair[1]
-    )
+    other = sorted(key for key in ours.keys() & theirs.keys() if ours[key] != theirs[key])
+    parts = [f"{key} is {theirs[key]} there and {ours[key]} here" for key in other]
     parts += [f"{key} is only there" for key in sorted(theirs.keys() - ours.keys())]
     parts += [f"{key} is only here" for key in sorted(ours.keys() - theirs.keys())]
     more = f" (and {len(parts) - 2} more)" if len(parts) > 2 else ""
