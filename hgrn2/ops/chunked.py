@@ -119,7 +119,7 @@ class _ChunkedScan(torch.autograd.Function):
             kv[s] = (k_[s] * suffix.exp_()).mT @ v_[s]
             decay_q = prefix.exp_()
             decay[s] = decay_q[:, -1].unsqueeze(-1)
-            torch.mul(q_[s], decay_q, out=q_dec[s])
+            q_dec[s] = decay_q.mul_(q_[s])
         kv, decay = kv.unflatten(0, (rows, n_chunks)), decay.unflatten(0, (rows, n_chunks))
         before, after = torch.empty_like(kv), torch.empty_like(kv)
         state = start[:, 0]

@@ -1,0 +1,87 @@
+"""Parameter groups and schedules."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from hgrn2 import ConfigError
+from tasks import TASKS
+from tasks.optim import OptimConfig, build_optimizer, learning_rate, parameter_groups
+
+
+@pytest.mark.parametrize("domain", TASKS)
+def test_every_parameter_is_in_one_group(domain):
+    task = TASKS[domain][0]()
+    decayed, plain = parameter_groups(task, OptimConfig())
+    assert sum(len(g["params"]) for g in (decayed, plain)) == len(list(task.parameters()))
+    names = {p: name for name, p in task.named_parameters()}
+    assert {names[p].rsplit(".", 1)[-1] for p in decayed["params"]} == {"weight"}
+    assert all(p.dim() >= 2 for p in decayed["params"])
+    undecayed = {names[p] for p in plain["params"]}
+    assert any("lower_bounds" in name for name in undecayed)
+    if domain != "vision":
+        assert "model.embed.weight" in undecayed
+
+
+def test_weight_decay_on_everything():
+    task = TASKS["lm"][0]()
+    config = OptimConfig(decay_embeddings=True, decay_lower_bounds=True, decay_norms_and_biases=True)
+    (group,) = parameter_groups(task, config)
+    assert len(group["params"]) == len(list(task.parameters()))
+
+
+def test_frozen_and_shared_parameters():
+    module = nn.ModuleDict({"embed": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False), "norm": nn.LayerNorm(4)})
+    module["head"].weight = module["embed"].weight
+    module["norm"].bias.requires_grad_(False)
+    groups = parameter_groups(module, OptimConfig())
+    assert [len(g["params"]) for g in groups] == [2]
+
+
+def test_schedules():
+    cosine = OptimConfig(lr=1.0, warmup_steps=10, warmup_lr=0.1, min_lr=0.2, total_steps=110)
+    assert learning_rate(0, cosine) == 0.1
+    assert learning_rate(5, cosine) == pytest.approx(0.55)
+    assert learning_rate(10, cosine) == 1.0
+    assert learning_rate(60, cosine) == pytest.approx(0.6)
+    assert learning_rate(110, cosine) == pytest.approx(0.2)
+    assert learning_rate(500, cosine) == pytest.approx(0.2)
+    root = OptimConfig(lr=1.0, warmup_steps=100, schedule="inverse_sqrt")
+    assert learning_rate(100, root) == 1.0
+    assert learning_rate(400, root) == pytest.approx(0.5)
+    assert learning_rate(400, OptimConfig(lr=1.0, warmup_steps=100, schedule="constant")) == 1.0
+
+
+def test_the_optimizer_follows_the_schedule():
+    config = OptimConfig(lr=0.5, warmup_steps=4, total_steps=8)
+    built = build_optimizer(nn.Linear(2, 2), config, fused=False)
+    rates = []
+    for _ in range(8):
+        rates.append(built["optimizer"].param_groups[0]["lr"])
+        built["optimizer"].step()
+        built["lr_scheduler"]["scheduler"].step()
+    assert rates == pytest.approx([learning_rate(step, config) for step in range(8)])
+    assert math.isclose(rates[4], 0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": -1.0}, "lr=-1.0"),
+        ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\)"),
+        ({"schedule": "linear"}, "schedule='linear' is unknown; valid: cosine"),
+        ({"warmup_steps": 1000, "total_steps": 1000}, "total_steps=1000 must exceed warmup_steps=1000"),
+    ],
+    ids=str,
+)
+def test_bad_values_are_named(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        OptimConfig(**changes)
+
+
+def test_adamw_sees_the_betas():
+    built = build_optimizer(nn.Linear(2, 2), OptimConfig(betas=[0.8, 0.95]), fused=False)
+    assert built["optimizer"].defaults["betas"] == (0.8, 0.95)
+    assert isinstance(built["optimizer"], torch.optim.AdamW)

@@ -1,0 +1,212 @@
+"""The tasks through Lightning's Trainer: loss at init, one batch learnt, metrics, TensorBoard, checkpoints."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hgrn2 import HGRN2Config
+from tasks.base import seed_step
+from tasks.callbacks import MemoryHorizon, SampleViewer, Startup, ThroughputLogger, describe
+from tasks.lm.data import LMData
+from tasks.lm.module import LMTask
+from tasks.lra.data import LRAData
+from tasks.lra.module import LRATask
+from tasks.optim import OptimConfig
+from tasks.vision.data import VisionData
+from tasks.vision.module import VisionTask
+
+DOMAINS = ["lm", "vision", "lra"]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A small folder of Python files, the same on every machine."""
+    root = tmp_path_factory.mktemp("corpus")
+    for i in range(150):
+        body = "".join(f"def function_{i}_{j}(x):\n    return x * {i} + {j}\n\n\n" for j in range(4))
+        (root / f"module_{i}.py").write_text(body)
+    return root
+
+
+@pytest.fixture
+def make(corpus):
+    """domain -> (task, data), tiny."""
+
+    def build(domain, seed=0, **options):
+        seed_everything(seed)
+        size = {"dim": 32, "depth": 2, "expand_ratio": 8, "glu_width": 32, **options.pop("backbone", {})}
+        optim = OptimConfig(lr=5e-3, schedule="constant", **options.pop("optim", {}))
+        if domain == "lm":
+            task = LMTask(HGRN2Config(**size), optim, sample_tokens=8, seed=seed)
+            return task, LMData(source=str(corpus), seq_len=32, batch_size=8, seed=seed, **options)
+        size |= {"scan": "bidirectional", "lower_bound": "exclusive"}
+        if domain == "vision":
+            return VisionTask(HGRN2Config(**size), optim, seed=seed), VisionData(batch_size=32, seed=seed, **options)
+        data = LRAData(train_size=256, eval_size=50, max_length=20, batch_size=16, seed=seed, **options)
+        return LRATask(HGRN2Config(**size), optim, seed=seed), data
+
+    return build
+
+
+def quiet_trainer(root, **options) -> Trainer:
+    defaults = dict(
+        default_root_dir=root, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, log_every_n_steps=1,
+    )  # fmt: skip
+    return Trainer(**(defaults | options))
+
+
+@pytest.mark.parametrize(("domain", "classes"), [("lm", 256), ("vision", 10), ("lra", 10)])
+def test_the_loss_starts_at_the_logarithm_of_the_classes(make, domain, classes):
+    task, data = make(domain)
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
+    # a tied embedding starts with logits of unit size: half a nat above, at most
+    assert task.compute(batch)["loss"].item() == pytest.approx(math.log(classes), abs=0.7)
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_one_batch_is_learnt(make, domain):
+    task, data = make(domain)
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
+    optimizer = torch.optim.AdamW(task.parameters(), lr=1e-2)
+    first = task.compute(batch)["loss"].item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = task.compute(batch)["loss"]
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.3 * first
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_fast_dev_run(make, domain, tmp_path):
+    task, data = make(domain)
+    quiet_trainer(tmp_path, fast_dev_run=True).fit(task, data)
+    results = quiet_trainer(tmp_path, fast_dev_run=True).test(task, data, verbose=False)[0]
+    assert {"test/loss"} < results.keys()
+    quiet_trainer(tmp_path, fast_dev_run=True).predict(task, data)
+
+
+def expected_evaluation(task, data, split):
+    """Loss and accuracy over a whole split, sample by sample."""
+    losses, counts, hits = 0.0, 0, 0
+    for i in range(len(data.splits[split])):
+        batch = data.collate([{**data.splits[split].get(i, None), "valid": True}])
+        with torch.no_grad():
+            out = task.eval().compute(batch)
+        losses, counts = losses + out["sum"].item(), counts + out["count"].item()
+        hits += (out["preds"] == out["target"]).sum().item() if "preds" in out else 0
+    return losses / counts, hits / counts
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_evaluation_is_that_of_every_sample(make, domain, tmp_path):
+    task, data = make(domain, eval_batch_size=7)
+    results = quiet_trainer(tmp_path).test(task, data, verbose=False)[0]
+    loss, accuracy = expected_evaluation(task, data, "test")
+    assert results["test/loss"] == pytest.approx(loss, rel=1e-4)
+    if domain == "lm":
+        assert results["test/ppl"] == pytest.approx(math.exp(loss), rel=1e-3)
+        assert results["test/bpb"] == pytest.approx(loss / math.log(2), rel=1e-4)
+    else:
+        assert results["test/acc"] == pytest.approx(accuracy)
+    if domain == "lra":
+        assert results["test/majority_acc"] == pytest.approx(data.majority("test"))
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_tensorboard_shows_what_it_promises(make, domain, tmp_path):
+    task, data = make(domain)
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    callbacks = [MemoryHorizon(), SampleViewer(count=8), ThroughputLogger(), Startup()]
+    trainer = quiet_trainer(
+        tmp_path, logger=logger, callbacks=callbacks, max_steps=4, limit_val_batches=2, num_sanity_val_steps=0,
+        val_check_interval=2, check_val_every_n_epoch=None,
+    )  # fmt: skip
+    trainer.fit(task, data)
+    tags = EventAccumulator(str(tmp_path)).Reload().Tags()
+    wanted = {"train/loss", "train/grad_norm", "train/tokens_per_s", "train/samples_per_s", "val/loss"}
+    wanted |= {"val/ppl", "val/bpb"} if domain == "lm" else {"val/acc", "train/acc"}
+    wanted |= {"val/majority_acc"} if domain == "lra" else set()
+    assert wanted <= set(tags["scalars"])
+    assert {f"memory_horizon/layer_{i:02d}_log10_tokens" for i in range(2)} <= set(tags["histograms"])
+    assert "memory_horizon/map" in tags["images"]
+    samples = {"lm": "samples/generated", "vision": "samples/held-out images", "lra": "samples/expressions"}[domain]
+    assert any(samples in tag for tag in (*tags["images"], *tags["tensors"]))
+
+
+def test_the_memory_horizon_is_the_half_life(make, tmp_path):
+    """With gates set by hand the recorded half-life is ln 2 / -log lam."""
+    task, _ = make("lra")
+    with torch.no_grad():
+        mixer = task.model.backbone.blocks[0].mixer
+        mixer.in_proj.weight.zero_()
+        mixer.in_proj.bias.fill_(2.0)
+    recorder = MemoryHorizon()
+    record = recorder._recorder(0)
+    record(mixer, (torch.randn(2, 5, 32), None), {"lengths": torch.tensor([5, 3])})
+    want = math.log(2) / -math.log(1 / (1 + math.exp(-2.0)))
+    assert recorder._half_lives[0].shape == (4, 8 * 8)  # heads, real tokens x channels
+    torch.testing.assert_close(recorder._half_lives[0], torch.full((4, 64), want))
+
+
+def test_the_startup_line_says_what_runs(make, tmp_path):
+    task, _ = make("vision")
+    line = describe(quiet_trainer(tmp_path), task)
+    assert "cpu" in line
+    assert "32-true" in line
+    assert "parameters" in line
+    assert "hgrn2_scan runs torch" in line
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_a_checkpoint_loads_without_its_config(make, domain, tmp_path):
+    task, data = make(domain)
+    trainer = quiet_trainer(tmp_path, max_steps=1)
+    trainer.fit(task, data)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = type(task).load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    assert loaded.backbone_config == task.backbone_config
+    assert loaded.optim_config == task.optim_config
+    for (name, a), b in zip(task.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_step_seeds_differ_by_position_and_rank():
+    draws = set()
+    for position in range(3):
+        for rank in range(2):
+            seed_step(0, position, rank)
+            draws.add(torch.rand(1).item())
+    assert len(draws) == 6
+    seed_step(0, 2, 1)
+    assert torch.rand(1).item() in draws
+
+
+def test_generation_continues_the_prompt(make):
+    task, _ = make("lm")
+    prompt = torch.tensor([[10, 20, 30]])
+    model = task.model.eval()
+    greedy = model.generate(prompt, 6, 0.0, torch.Generator())
+    assert greedy.shape == (1, 9)
+    tokens = prompt
+    for _ in range(6):  # the slow way: the whole prefix again for each token
+        tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(greedy, tokens)
+    drawn = [model.generate(prompt, 6, 1.0, torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_generation_leaves_training_randomness_alone(make):
+    task, _ = make("lm")
+    before = torch.get_rng_state()
+    task.model.generate(torch.tensor([[1]]), 4, 1.0, torch.Generator().manual_seed(0))
+    assert torch.equal(torch.get_rng_state(), before)
