@@ -152,7 +152,7 @@ class TaskCLI(LightningCLI):
         checkpoints: Checkpoints = self.config_init["checkpoint"]
         checkpoints.folder = self.folder and self.folder / "checkpoints"
         guard = Guard(self.signals, checkpoints, start)
-        settings["callbacks"] = [*_listed(settings["callbacks"]), guard]
+        settings["callbacks"] = [guard, *_listed(settings["callbacks"])]
         settings["plugins"] = [*_listed(settings["plugins"]), AtomicCheckpointIO()]
         step = self.start_step if self.choice.run else None
         own = [] if isinstance(settings["logger"], bool) else _listed(settings["logger"])

@@ -97,9 +97,11 @@ class Guard(Callback):
         self.signals.children = list(getattr(trainer.strategy.launcher, "procs", []))
         if trainer.world_size > 1 and dist.is_initialized():
             self._group = dist.new_group(backend="gloo")  # host memory: never waits for a GPU
-            if (first := trainer.strategy.broadcast(self.start)) != self.start:
+            start = self.start and str(self.start.absolute())
+            first = trainer.strategy.broadcast(start)
+            if not trainer.strategy.reduce_boolean_decision(start == first):
                 raise ConfigError(
-                    f"rank {trainer.global_rank} starts from {self.start}, rank 0 from {first}: "
+                    f"rank {trainer.global_rank} starts from {start}, rank 0 from {first}: the ranks disagree; "
                     "run_root must be on storage that all nodes share"
                 )
 
@@ -117,6 +119,8 @@ class Guard(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._leave_if_asked(trainer)
         self._step = trainer.global_step
+        # The step of the loggers. Lightning restores it one off in some states; Guard comes before all that log.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import signal
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -49,7 +50,7 @@ class Recorder(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs: Any, batch: Any, batch_idx: int) -> None:
         position = self._position(trainer) - 1
-        rows = [value for value in batch.values() if value.dim() > 1][0]
+        rows = next(value for value in batch.values() if value.dim() > 1)
         samples = ",".join(sorted(hashlib.md5(row.numpy().tobytes()).hexdigest()[:8] for row in rows))
         rank = f".{trainer.global_rank}" if trainer.world_size > 1 else ""
         with open(self.path + rank, "a") as file:
@@ -64,7 +65,7 @@ class Recorder(Callback):
 def read(path) -> dict[int, tuple[str, ...]]:
     """position -> (step, loss, samples); a position that was replayed must have repeated itself exactly."""
     rows: dict[int, tuple[str, ...]] = {}
-    for line in open(path):
+    for line in Path(path).read_text().splitlines():
         position, *rest = line.split()
         assert rows.setdefault(int(position), tuple(rest)) == tuple(rest), f"micro-batch {position} was not repeated"
     return rows

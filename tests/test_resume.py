@@ -1,10 +1,15 @@
 """A killed and resumed run repeats every loss and every weight of the uninterrupted run, to the bit."""
 
+import csv
+import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
-from launch import launch
+from launch import REPO, Launched, launch
 from recorder import read, same_state
 
 COMMON = [
@@ -26,7 +31,14 @@ COMMON = [
 SMALL = {
     "lm": ["data.seq_len=16", "data.batch_size=4", "checkpoint.monitor=val/loss", "checkpoint.mode=min"],
     "vision": ["data.batch_size=64", "data.eval_batch_size=64"],
-    "lra": ["data.batch_size=8", "data.eval_batch_size=8", "data.train_size=96", "data.eval_size=16", "data.max_length=16", "data.max_depth=3"],
+    "lra": [
+        "data.batch_size=8",
+        "data.eval_batch_size=8",
+        "data.train_size=96",
+        "data.eval_size=16",
+        "data.max_length=16",
+        "data.max_depth=3",
+    ],
 }
 # by steps, validation every 5 micro-batches counted over epochs: what the shipped tasks do
 BY_STEPS = ["trainer.max_steps=17", "trainer.val_check_interval=5", "checkpoint.every_n_steps=4"]
@@ -113,8 +125,6 @@ def compare(task, left, right):
 
 def metrics(folder, task):
     """The logged rows that do not depend on the clock."""
-    import csv
-
     (path,) = (folder / "runs" / task).glob("*/csv/metrics.csv")
     rows = []
     for row in csv.DictReader(path.open()):
@@ -134,3 +144,135 @@ def test_kill_9_and_resume(name, tmp_path, tmp_path_factory, corpus):
     status, out = launch(tmp_path, *flags(task, extra, corpus, tmp_path / "losses"), "resume=auto")
     assert status == 0, out
     compare(task, expected, tmp_path)
+
+
+@pytest.mark.parametrize("task", SMALL)
+def test_sigterm_saves_and_resumes(task, tmp_path, tmp_path_factory, corpus):
+    extra = BY_STEPS + ACCUMULATE if task == "lm" else BY_STEPS
+    expected = straight(tmp_path_factory, task, extra, corpus)
+    record = tmp_path / "losses"
+    status, out = launch(tmp_path, *flags(task, extra, corpus, record, at=6, where="start", send="SIGTERM"))
+    assert status == 143, out
+    assert "SIGTERM: stopped after optimizer step" in out
+    assert "checkpoints/last.ckpt" in out
+    # the step in flight is finished, accumulation included, and nothing after it has begun
+    assert max(read(record)) == (7 if task == "lm" else 6)
+    assert last_checkpoint(tmp_path, task)["global_step"] == (4 if task == "lm" else 7)
+    status, out = launch(
+        tmp_path, *flags(task, extra, corpus, record, at=1, where="val", send="SIGTERM"), "resume=auto"
+    )
+    assert status == 143, out  # during a validation, with last.ckpt from just before it
+    assert max(read(record)) == 9
+    status, out = launch(tmp_path, *flags(task, extra, corpus, record), "resume=auto")
+    assert status == 0, out
+    compare(task, expected, tmp_path)
+
+
+def test_sigterm_before_training_leaves_no_run(tmp_path):
+    running = Launched(tmp_path, "task=lm", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false")
+    time.sleep(0.3)
+    os.kill(running.process.pid, signal.SIGTERM)
+    status, out = running.wait()
+    assert status in (143, -signal.SIGTERM), out  # the second: before any of our code ran
+    assert not list(tmp_path.glob("runs/lm/*/checkpoints"))
+
+
+def test_second_sigterm_exits_at_once(tmp_path, corpus):
+    extra = [*BY_STEPS, "trainer.max_steps=100000"]
+    running = Launched(tmp_path, *flags("lm", extra, corpus, tmp_path / "losses", at=5, where="end", send="SIGSTOP"))
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "losses").exists() or max(read(tmp_path / "losses")) < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.2)
+    os.kill(running.process.pid, signal.SIGTERM)
+    os.kill(running.process.pid, signal.SIGINT)  # not the same signal, which would merge while stopped
+    os.kill(running.process.pid, signal.SIGCONT)
+    status, _ = running.wait(20)
+    assert status in (130, 143)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, corpus):
+    record = tmp_path / "losses"
+    status, out = launch(tmp_path, *flags("lra", BY_STEPS, corpus, record, at=6, where="start", send="SIGINT"))
+    assert status == 130, out
+    assert "SIGINT: stopped after optimizer step 7" in out
+    assert "Traceback" not in out
+
+
+@pytest.mark.parametrize("extra", [[], ["trainer.log_every_n_steps=50", "checkpoint.every_n_steps=3"]])
+def test_nan_stops_and_keeps_the_last_good_checkpoint(extra, tmp_path, corpus):
+    settings = [*BY_STEPS, *extra]
+    status, out = launch(tmp_path, *flags("lra", settings, corpus, tmp_path / "losses", poison=7))
+    assert status == 1, out
+    assert "Traceback" not in out
+    assert "the loss is not finite (NaN or inf) at optimizer step 8" in out
+    step = 6 if extra else 5
+    assert f"last.ckpt (step {step})" in out
+    (run,) = (tmp_path / "runs/lra").iterdir()
+    for path in (run / "checkpoints").glob("*.ckpt"):
+        checkpoint = torch.load(path, weights_only=True)
+        assert all(bool(value.isfinite().all()) for value in checkpoint["state_dict"].values())
+    status, out = launch(tmp_path, *flags("lra", settings, corpus, tmp_path / "again"), "resume=auto")
+    assert status == 0, out
+    assert min(read(tmp_path / "again")) == step
+
+
+def test_tensorboard_shows_no_step_twice(tmp_path, corpus):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    record, extra = tmp_path / "losses", [*BY_STEPS, "logger=tensorboard,csv"]
+    status, out = launch(tmp_path, *flags("lra", extra, corpus, record, at=11, where="end"))
+    assert status == -signal.SIGKILL, out
+    status, out = launch(tmp_path, *flags("lra", extra, corpus, record), "resume=auto")
+    assert status == 0, out
+    (run,) = (tmp_path / "runs/lra").iterdir()
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    for tag in ("train/loss", "val/loss"):
+        steps = [event.step for event in events.Scalars(tag)]
+        assert steps == sorted(set(steps)), tag
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(17))
+    with next(run.glob("csv/metrics.csv")).open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert steps == list(range(17))
+
+
+def command(cwd, *argv, env=None):
+    """train.py itself, as a person starts it: Lightning starts its children by running the same command again."""
+    paths = os.pathsep.join([str(REPO / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **(env or {})}
+    done = subprocess.run(
+        [sys.executable, str(REPO / "train.py"), *argv], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+TWO = ["trainer.devices=2", "trainer.strategy=ddp"]
+
+
+def samples(path):
+    """position -> the samples that all ranks saw there together."""
+    seen: dict[int, set[str]] = {}
+    for part in [path] if path.exists() else sorted(path.parent.glob(path.name + ".*")):
+        for position, row in read(part).items():
+            seen.setdefault(position, set()).update(row[-1].split(","))
+    return seen
+
+
+@pytest.mark.ddp
+def test_resume_on_two_ranks_sees_the_same_samples(tmp_path, tmp_path_factory, corpus):
+    extra = BY_STEPS + ACCUMULATE
+    expected = straight(tmp_path_factory, "lm", extra, corpus)
+    status, out = launch(tmp_path, *flags("lm", extra, corpus, tmp_path / "one", at=10, where="end"))
+    assert status == -signal.SIGKILL, out
+    stop = flags("lm", extra + TWO, corpus, tmp_path / "two", at=16, where="end", send="SIGTERM")
+    status, out = command(tmp_path, *stop, "resume=auto")
+    assert status == 143, out
+    assert out.count("SIGTERM: stopped after optimizer step 9") == 1
+    assert out.count("run folder:") == 1, out
+    status, out = command(tmp_path, *flags("lm", extra + TWO, corpus, tmp_path / "two"), "resume=auto")
+    assert status == 0, out
+    assert len(list((tmp_path / "runs/lm").iterdir())) == 1
+    together = samples(tmp_path / "one") | samples(tmp_path / "two")
+    assert together == samples(expected / "losses")
