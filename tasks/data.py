@@ -84,19 +84,22 @@ class TrainOrder:
 class EvalOrder:
     """Every sample once, ranks taking turns; the same number of batches on each, so that collectives match.
 
-    Ranks that run out get fillers (`valid` False) that no metric counts.
+    Ranks that run out get fillers (`valid` False) that no metric counts. With `mixed` the samples come in a fixed random
+    order, so that the first of them, which limit_val_batches keeps, are like the rest.
     """
 
-    def __init__(self, size: int, batch_size: int, rank: int, world_size: int):
+    def __init__(self, size: int, batch_size: int, rank: int, world_size: int, mixed: bool = False):
         self.size, self.batch_size, self.rank, self.world_size = size, batch_size, rank, world_size
+        self.mixed = mixed
 
     def __len__(self) -> int:
         per_rank = -(-self.size // self.world_size)
         return -(-per_rank // self.batch_size)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        indices = range(self.rank, -(-self.size // self.world_size) * self.world_size, self.world_size)
-        keys = [SampleKey(0, i, True) if i < self.size else SampleKey(0, 0, False) for i in indices]
+        order = epoch_order(0, 0, self.size).tolist() if self.mixed else range(self.size)
+        places = range(self.rank, -(-self.size // self.world_size) * self.world_size, self.world_size)
+        keys = [SampleKey(0, order[i], True) if i < self.size else SampleKey(0, 0, False) for i in places]
         for begin in range(0, len(keys), self.batch_size):
             yield keys[begin : begin + self.batch_size]
 
@@ -192,8 +195,8 @@ class TaskData(LightningDataModule):
         order = TrainOrder(size, self.batch_size, self.seed, rank, world_size, self.consumed_batches)
         return self._loader("train", order)
 
-    def _eval_loader(self, split: str) -> Loader:
-        return self._loader(split, EvalOrder(len(self.splits[split]), self.eval_batch_size, *self._ranks))
+    def _eval_loader(self, split: str, mixed: bool = True) -> Loader:
+        return self._loader(split, EvalOrder(len(self.splits[split]), self.eval_batch_size, *self._ranks, mixed))
 
     def val_dataloader(self) -> Loader:
         return self._eval_loader("val")
@@ -202,7 +205,8 @@ class TaskData(LightningDataModule):
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> Loader:
-        return self._eval_loader("test")
+        """The test split in its own order; rank r has samples r, r + ranks, ..."""
+        return self._eval_loader("test", mixed=False)
 
     def state_dict(self) -> dict:
         return {**self._signature(), "samples_consumed": self.consumed_batches() * self.batch_size}

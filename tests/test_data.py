@@ -40,8 +40,9 @@ def test_ranks_share_the_global_batch(world):
 
 @pytest.mark.parametrize("size", [1, 5, 8, 13])
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_evaluation_sees_every_sample_once(size, world):
-    orders = [list(EvalOrder(size, 2, rank, world)) for rank in range(world)]
+@pytest.mark.parametrize("mixed", [True, False])
+def test_evaluation_sees_every_sample_once(size, world, mixed):
+    orders = [list(EvalOrder(size, 2, rank, world, mixed)) for rank in range(world)]
     assert len({len(order) for order in orders}) == 1  # the same number of steps on each rank
     assert len(orders[0]) == len(EvalOrder(size, 2, 0, world))
     seen = [key.index for order in orders for keys in order for key in keys if key.valid]

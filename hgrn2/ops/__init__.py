@@ -63,15 +63,19 @@ def hgrn2_scan(
     _check_inputs(q, f, v, lower_bound, q_act, v_act, ndim=4, legend="[B, T, H, K]")
     _check_choice("direction", direction, DIRECTIONS)
     _check_states(q, direction, initial_state, output_final_state, lengths, cu_seqlens)
-    run = _implementation(impl, q)
+    name = _implementation(impl, q)
     options = dict(lengths=lengths, cu_seqlens=cu_seqlens, q_act=q_act, v_act=v_act)
-    if direction == "both":
-        ahead, _ = run(q, f, v, lower_bound, reverse=False, **options)
-        back, _ = run(q, f, v, lower_bound, reverse=True, **options)
-        return ahead + back, None
-    o, final_state = run(
-        q, f, v, lower_bound, reverse=direction == "reverse", initial_state=initial_state, **options
-    )  # fmt: skip
+    if name == "torch":
+        o, final_state = chunked_scan(
+            q, f, v, lower_bound, direction=direction, initial_state=initial_state, **options
+        )  # fmt: skip
+    elif direction == "both":
+        o = sum(recurrent_scan(q, f, v, lower_bound, reverse=reverse, **options)[0] for reverse in (False, True))
+        final_state = None
+    else:
+        o, final_state = recurrent_scan(
+            q, f, v, lower_bound, reverse=direction == "reverse", initial_state=initial_state, **options
+        )  # fmt: skip
     return o, final_state if output_final_state else None
 
 
@@ -142,16 +146,15 @@ def choose_impl(device: torch.device | str, head_dim: int) -> tuple[str, str]:
     return "torch", f"no Triton kernel for head dim {head_dim} yet"
 
 
-def _implementation(impl: str, q: Tensor):
+def _implementation(impl: str, q: Tensor) -> str:
+    """The implementation that runs for `impl`: "reference", "torch" or "triton"."""
     _check_choice("impl", impl, IMPLS)
-    if impl == "reference":
-        return recurrent_scan
-    if impl == "torch":
-        return chunked_scan
+    if impl in ("reference", "torch"):
+        return impl
     name, reason = choose_impl(q.device, q.shape[-1])
     if impl == "triton" and name != "triton":
         raise ValueError(f"impl='triton' cannot run here: {reason}; use impl='auto' or 'torch'")
-    return chunked_scan
+    return name
 
 
 def _check_choice(key: str, value, valid: tuple) -> None:

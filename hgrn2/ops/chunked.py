@@ -104,7 +104,10 @@ def _slabs(groups: int, size: int, dim: int) -> list[slice]:
 
 
 class _ChunkedScan(torch.autograd.Function):
-    """q, k, v, g `[R, N, C, K]` (R rows), start `[R, N, K, V]`, first `[N]` or None -> o, states after each chunk."""
+    """q, k, v, g `[R, N, C, K]` (R rows) -> o, and the states `[R, N, K, V]` after each chunk.
+
+    Chunk 0 starts from `start[:, 0]`; with `first` `[N]` so does each chunk n where first[n], from `start[:, n]`.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, g, start, first):
@@ -148,7 +151,8 @@ class _ChunkedScan(torch.autograd.Function):
         decay = decay.unflatten(0, (rows, n_chunks))
 
         # between chunks: dstate is the gradient of the state after chunk n, gathered from the last chunk back
-        dstates, dstart = torch.empty_like(dbefore), torch.zeros_like(dbefore)
+        dstates = torch.empty_like(dbefore)
+        dstart = dbefore.new_zeros(rows, 1 if first is None else n_chunks, dim, dim)
         carried = torch.zeros_like(dbefore[:, 0])
         for n in reversed(range(n_chunks)):
             dstate = dafter[:, n] + carried
@@ -188,15 +192,18 @@ def chunked_scan(
     v: Tensor,
     lower_bound: Tensor | None = None,
     *,
-    reverse: bool = False,
+    direction: str = "forward",
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     q_act: str | None = None,
     v_act: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One direction of the scan in chunks; arguments and results as `hgrn2.ops.reference.recurrent_scan`."""
-    batch, time, heads, dim = q.shape
+) -> tuple[Tensor, Tensor | None]:
+    """The scan in chunks; arguments as `hgrn2.ops.hgrn2_scan`.
+
+    Returns:
+        o in the dtype of q, and the final state (None for both directions).
+    """
     dtype, out_dtype = compute_dtype(q), q.dtype
     with torch.autocast(q.device.type, enabled=False):
         pad = None if lengths is None else padding_mask(q, lengths)
@@ -206,37 +213,61 @@ def chunked_scan(
         k, g = forget_gate(f.to(dtype), None if lower_bound is None else lower_bound.to(dtype))
         if pad is not None:  # the state passes through padding unchanged, and nothing is read from it
             q, k, g = (x.masked_fill(pad, 0) for x in (q, k, g))
-        if reverse:
-            q, k, v, g = (x.flip(1) for x in (q, k, v, g))
-        size = chunk_size(dim, time)
-        if cu_seqlens is not None:
-            o, final = _packed(q, k, v, g, initial_state, cu_seqlens, size, reverse)
-        else:
-            extra = -time % size
-            if extra:
-                q, k, v, g = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, extra)) for x in (q, k, v, g))
-            q, k, v, g = (_to_chunks(x, size) for x in (q, k, v, g))
-            start = q.new_zeros(batch * heads, 1, dim, dim)
-            if initial_state is not None:
-                start = initial_state.to(dtype).flatten(0, 1).unsqueeze(1)
-            start = torch.nn.functional.pad(start, (0, 0, 0, 0, 0, q.shape[1] - 1))
-            o, after = _ChunkedScan.apply(q, k, v, g, start, None)
-            o = o.unflatten(0, (batch, heads)).permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :time]
-            final = after[:, -1].unflatten(0, (batch, heads))
-        if reverse:
-            o = o.flip(1)
+        state = None if initial_state is None else initial_state.to(dtype)
+        streams = (q, k, v, g)
+        if direction == "forward":
+            o, final = _ahead(*streams, state, cu_seqlens)
+        elif direction == "reverse":
+            o, final = _back(*streams, state, cu_seqlens)
+        elif cu_seqlens is not None:
+            o, final = _ahead(*streams, None, cu_seqlens)[0] + _back(*streams, None, cu_seqlens)[0], None
+        else:  # both directions as one batch: half the launches
+            o, _ = _rows(*(torch.cat([x, x.flip(1)]) for x in streams), None)
+            ahead, back = o.chunk(2)
+            o, final = ahead + back.flip(1), None
     return o.to(out_dtype), final
 
 
-def _packed(q, k, v, g, initial_state, cu_seqlens, size: int, reverse: bool) -> tuple[Tensor, Tensor]:
+def _ahead(q, k, v, g, state, cu_seqlens) -> tuple[Tensor, Tensor]:
+    """The scan from the first token to the last."""
+    if cu_seqlens is None:
+        return _rows(q, k, v, g, state)
+    return _packed(q, k, v, g, state, cu_seqlens)
+
+
+def _back(q, k, v, g, state, cu_seqlens) -> tuple[Tensor, Tensor]:
+    """The scan from the last token to the first: the other one on flipped time (and documents in flipped order)."""
+    streams = (x.flip(1) for x in (q, k, v, g))
+    if cu_seqlens is None:
+        o, final = _rows(*streams, state)
+        return o.flip(1), final
+    flipped = None if state is None else state.flip(0)
+    o, final = _packed(*streams, flipped, q.shape[1] - cu_seqlens.flip(0))
+    return o.flip(1), final.flip(0)
+
+
+def _rows(q, k, v, g, state) -> tuple[Tensor, Tensor]:
+    """One document a row: `[B, T, H, K]` -> o `[B, T, H, V]` and final state `[B, H, K, V]`."""
+    batch, time, heads, dim = q.shape
+    size = chunk_size(dim, time)
+    extra = -time % size
+    if extra:  # k = 0 and g = 0 leave the state alone
+        q, k, v, g = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, extra)) for x in (q, k, v, g))
+    q, k, v, g = (_to_chunks(x, size) for x in (q, k, v, g))
+    start = q.new_zeros(batch * heads, 1, dim, dim) if state is None else state.flatten(0, 1).unsqueeze(1)
+    o, after = _ChunkedScan.apply(q, k, v, g, start, None)
+    o = o.unflatten(0, (batch, heads)).permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :time]
+    return o, after[:, -1].unflatten(0, (batch, heads))
+
+
+def _packed(q, k, v, g, state, cu_seqlens) -> tuple[Tensor, Tensor]:
     """Documents packed in one row: each is laid out from a chunk's start on, so that a chunk has one document.
 
     All shapes follow from T and N alone, so `cu_seqlens` stays on its device.
     """
     _, time, heads, dim = q.shape
+    size = chunk_size(dim, time)
     bounds = cu_seqlens.long()
-    if reverse:
-        bounds = time - bounds.flip(0)
     n_docs = bounds.numel() - 1
     n_chunks = (time + size - 1) // size + n_docs  # an upper bound: each document adds at most one partial chunk
     lengths = bounds.diff()
@@ -246,21 +277,15 @@ def _packed(q, k, v, g, initial_state, cu_seqlens, size: int, reverse: bool) -> 
     token = torch.arange(time, device=q.device)
     doc_of_token = torch.searchsorted(bounds[1:], token, right=True)
     slot = chunk_start[doc_of_token] * size + token - bounds[doc_of_token]
-    q, k, v, g = (
-        x.new_zeros(1, n_chunks * size, heads, dim).index_copy(1, slot, x) for x in (q, k, v, g)
-    )  # empty slots: k = 0 and g = 0 leave the state alone
+    # empty slots: k = 0 and g = 0 leave the state alone
+    q, k, v, g = (x.new_zeros(1, n_chunks * size, heads, dim).index_copy(1, slot, x) for x in (q, k, v, g))
     q, k, v, g = (_to_chunks(x, size) for x in (q, k, v, g))
     chunk = torch.arange(n_chunks, device=q.device)
     doc_of_chunk = torch.searchsorted(chunk_end, chunk, right=True).clamp(max=n_docs - 1)
     first = chunk == chunk_start[doc_of_chunk]
-    if initial_state is None:
-        initial = q.new_zeros(n_docs, heads, dim, dim)
-    else:
-        initial = initial_state.to(q.dtype)
-        initial = initial.flip(0) if reverse else initial
+    initial = q.new_zeros(n_docs, heads, dim, dim) if state is None else state
     start = initial[doc_of_chunk].transpose(0, 1)  # [H, N, K, V]
     o, after = _ChunkedScan.apply(q, k, v, g, start, first)
     o = o.permute(1, 2, 0, 3).flatten(0, 1)[slot].unsqueeze(0)
     last = after.transpose(0, 1)[(chunk_end - 1).clamp(min=0)]
-    final = torch.where((lengths == 0)[:, None, None, None], initial, last)
-    return o, final.flip(0) if reverse else final
+    return o, torch.where((lengths == 0)[:, None, None, None], initial, last)
