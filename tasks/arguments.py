@@ -91,7 +91,8 @@ def _is_bool(hint: Any) -> bool:
 
 def known_keys(parser: ArgumentParser) -> dict[str, Any]:
     """Every key of the parser with its type."""
-    return {a.dest: _hint(a) for a in parser._actions if a.dest not in ("help", "print_config")}
+    skipped = ("help", "print_config")  # also --trainer.profiler.help and its like
+    return {a.dest: _hint(a) for a in parser._actions if a.dest.rsplit(".", 1)[-1] not in skipped}
 
 
 def to_flags(tokens: list[str], hints: dict[str, Any]) -> list[str]:

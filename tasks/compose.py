@@ -43,11 +43,8 @@ def task_file(task: str, near: Path | None = None) -> Path:
     if task != "base" and not Path(task).is_absolute() and ".." not in Path(task).parts and path.is_file():
         return path
     for own in (Path(task).expanduser(), *([near / task] if near else [])):
-        if own.suffix in (".yaml", ".yml"):
-            if own.is_file():
-                return own
-        elif own.with_suffix(".yaml").is_file() and "/" in task:
-            return own.with_suffix(".yaml")
+        if own.suffix in (".yaml", ".yml") and own.is_file():
+            return own
     close = nearest(task, shipped_tasks(), 2)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     raise ConfigError(f"task={task}: no such task or .yaml file.{hint} Tasks: {', '.join(shipped_tasks())}")

@@ -1,5 +1,6 @@
 """Runs a command line that has been read: composes its configuration, builds the objects, fits or evaluates."""
 
+import importlib
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -21,7 +22,7 @@ from tasks import arguments as args
 from tasks.callbacks import CALLBACKS
 from tasks.checkpoints import Checkpoints
 from tasks.loggers import LOGGERS, make_loggers
-from tasks.reliability import Guard, Leave, Signals, say
+from tasks.reliability import Guard, say
 from tasks.runs import (
     AtomicCheckpointIO,
     Choice,
@@ -33,6 +34,7 @@ from tasks.runs import (
     run_around,
     write_atomically,
 )
+from tasks.signals import Leave, Signals
 
 DECISION = "HGRN2_RUN"  # what rank 0 decided, for the children that Lightning's launcher starts
 OURS = ("ckpt_path", "run", "resume")  # settings of one command line, not of a configuration
@@ -56,7 +58,7 @@ class TaskCLI(LightningCLI):
         self.folder: Path | None = None
         self.fresh = False
         self.start_step = 0
-        model_class, data_class = TASKS[domain]
+        model_class, data_class = (_imported(it) for it in TASKS[domain])
         super().__init__(
             model_class,
             data_class,
@@ -157,9 +159,11 @@ class TaskCLI(LightningCLI):
         step = self.start_step if self.choice.run else None
         own = [] if isinstance(settings["logger"], bool) else _listed(settings["logger"])
         settings["logger"] = make_loggers(names if fit else [], self.task, self.folder, step) + own or False
-        if settings["enable_progress_bar"] is False:  # Lightning refuses a bar that we add ourselves
-            hidden = [key for key in self.parser.callback_keys if isinstance(self.config_init[key], ProgressBar)]
-            self.parser.callback_keys = [key for key in self.parser.callback_keys if key not in hidden]
+        # Lightning refuses a bar that is switched off, and a monitor without a logger.
+        unfit = (ProgressBar,) if settings["enable_progress_bar"] is False else ()
+        unfit += () if settings["logger"] else (LearningRateMonitor,)
+        keys = self.parser.callback_keys
+        self.parser.callback_keys = [key for key in keys if not isinstance(self.config_init[key], unfit)]
         trainer = super().instantiate_trainer()
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if trainer.num_nodes > 1 and not environment.creates_processes_externally:
@@ -227,16 +231,21 @@ class TaskCLI(LightningCLI):
 
     def close(self, completed: bool) -> None:
         """After a failure: no child lives on, and no folder of a run that never trained stays behind."""
-        for child in self.signals.children:
-            if not completed:
-                child.kill()
-            child.wait(timeout=60)
+        self.signals.end_children(orderly=completed)
         if self.fresh and not completed and not self.trained:
             discard(self.folder)
 
     @property
     def trained(self) -> bool:
         return getattr(self, "trainer", None) is not None and self.trainer.global_step > 0
+
+
+def _imported(it: Any) -> type:
+    """A class, or the class that ``module.Class`` names: one domain's imports need not wait for the others'."""
+    if not isinstance(it, str):
+        return it
+    module, _, name = it.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def _text(path: Path | None) -> str | None:
@@ -256,23 +265,14 @@ def _is_noise(record: logging.LogRecord) -> bool:
     return record.getMessage().startswith(("💡", "GPU available", "TPU available", "`weights_only`"))
 
 
-def execute(request: args.Request) -> int:
-    """Builds and runs; returns the exit status."""
+def execute(request: args.Request, signals: Signals) -> None:
+    """Builds and runs."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.checkpoint_connector"):
         logging.getLogger(name).addFilter(lambda record: not _is_noise(record))
-    with Signals().installed() as signals:
-        try:
-            cli = TaskCLI(request, signals)
-            _run(cli)
-        except Done:
-            return 0
-        except Leave as leave:
-            if leave.message:
-                sys.stderr.write(f"{leave.message}\n")
-            return int(leave.code)
-        except KeyboardInterrupt:
-            return 130
-    return 0
+    try:
+        _run(TaskCLI(request, signals))
+    except Done:
+        return
 
 
 def _run(cli: TaskCLI) -> None:

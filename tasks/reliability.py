@@ -4,13 +4,7 @@ Lightning's own SIGTERM handler (2.6) runs a collective inside the handler and s
 Instead, ``Signals`` sets a flag, and ``Guard`` makes all ranks agree on it at the end of each optimiser step.
 """
 
-import os
 import signal
-import subprocess
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +15,9 @@ from rich.console import Console
 
 from hgrn2.config import ConfigError
 from tasks.checkpoints import Checkpoints
+from tasks.signals import Leave, Signals
 
 NEVER = 2**62  # larger than any step
-
-
-class Leave(SystemExit):
-    """Ends the program with a status and one message for the person."""
-
-    def __init__(self, code: int, message: str = "") -> None:
-        super().__init__(code)
-        self.message = message
 
 
 def say(text: str) -> None:
@@ -40,44 +27,6 @@ def say(text: str) -> None:
 
 def _nothing() -> None:
     """Lightning's register_signal_handlers."""
-
-
-class Signals:
-    """SIGTERM and SIGINT: remembered while training (``deferred``), obeyed at once elsewhere and the second time."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self.deferred = False
-        self.children: list[subprocess.Popen] = []
-        self._pid = os.getpid()
-        self._when = 0.0
-
-    @contextmanager
-    def installed(self) -> Iterator["Signals"]:
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        before = {signum: signal.signal(signum, self._handle) for signum in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield self
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
-
-    def _handle(self, signum: int, frame: Any) -> None:
-        if os.getpid() != self._pid:
-            return  # a data worker, signalled with its group: the step in flight needs it; it ends with its parent
-        if self.received is None:
-            self.received, self._when = signum, time.monotonic()
-            if not self.deferred:
-                raise Leave(128 + signum)
-            return
-        # Launchers pass a signal on that also reached us directly: one signal, not two.
-        if dist.is_initialized() and dist.get_world_size() > 1 and time.monotonic() - self._when < 0.3:
-            return
-        for child in self.children:
-            child.kill()
-        os._exit(128 + signum)
 
 
 class Guard(Callback):
@@ -95,7 +44,8 @@ class Guard(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         trainer._signal_connector.register_signal_handlers = _nothing
         self.signals.children = list(getattr(trainer.strategy.launcher, "procs", []))
-        if trainer.world_size > 1 and dist.is_initialized():
+        self.signals.many = trainer.world_size > 1
+        if self.signals.many and dist.is_initialized():
             self._group = dist.new_group(backend="gloo")  # host memory: never waits for a GPU
             start = self.start and str(self.start.absolute())
             first = trainer.strategy.broadcast(start)
