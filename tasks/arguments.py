@@ -105,8 +105,12 @@ def to_flags(tokens: list[str], hints: dict[str, Any]) -> list[str]:
         elif token.startswith("--"):
             key = token.removeprefix("--")
             check_known([key.removesuffix("+")], hints)
-            if _is_bool(hints.get(key)):
+            hint = hints.get(key)
+            alone = not rest or rest[0].startswith("--") or ASSIGNMENT.fullmatch(rest[0])
+            if _is_bool(hint):
                 value = rest.pop(0) if rest and rest[0].lower() in BOOLS else "true"
+            elif bool in get_args(hint) and alone:
+                value = "true"
             elif rest:
                 value = rest.pop(0)
             else:

@@ -133,7 +133,10 @@ class TaskCLI(LightningCLI):
         return compose.merge(compose.over_saved(config, saved), typed)
 
     def _set_seed(self) -> None:
-        seed_everything(self.config["seed"], workers=True, verbose=False)
+        seed = self.config["seed"]
+        if not 0 <= seed < 2**32:
+            raise ConfigError(f"seed={seed}: must be from 0 to 2**32 - 1")
+        seed_everything(seed, workers=True, verbose=False)
 
     def instantiate_classes(self) -> None:
         """Model and data; the Trainer comes later (``make_trainer``), when they are known to be valid."""
@@ -152,16 +155,18 @@ class TaskCLI(LightningCLI):
         if fit and not settings["fast_dev_run"]:
             self._make_folder()
         checkpoints: Checkpoints = self.config_init["checkpoint"]
-        checkpoints.folder = self.folder and self.folder / "checkpoints"
+        if self.folder and settings["enable_checkpointing"] is not False:
+            checkpoints.folder = self.folder / "checkpoints"
         guard = Guard(self.signals, checkpoints, start)
         settings["callbacks"] = [guard, *_listed(settings["callbacks"])]
         settings["plugins"] = [*_listed(settings["plugins"]), AtomicCheckpointIO()]
         step = self.start_step if self.choice.run else None
         own = [] if isinstance(settings["logger"], bool) else _listed(settings["logger"])
         settings["logger"] = make_loggers(names if fit else [], self.task, self.folder, step) + own or False
-        # Lightning refuses a bar that is switched off, and a monitor without a logger.
+        # Lightning refuses what is switched off, and a monitor without a logger.
         unfit = (ProgressBar,) if settings["enable_progress_bar"] is False else ()
         unfit += () if settings["logger"] else (LearningRateMonitor,)
+        unfit += (Checkpoints,) if settings["enable_checkpointing"] is False else ()
         keys = self.parser.callback_keys
         self.parser.callback_keys = [key for key in keys if not isinstance(self.config_init[key], unfit)]
         trainer = super().instantiate_trainer()
@@ -194,12 +199,14 @@ class TaskCLI(LightningCLI):
             if command == "fit" and self.folder and rank_zero_only.rank == 0:
                 self._save_config(self.folder / "config.yaml")
             result = getattr(self.trainer, command)(self.model, **arguments)
+        except Leave:
+            self._tell(*self._where_next())
+            raise
         finally:
             os.environ.pop(DECISION, None)
         if command == "predict" and result is not None:
             self._save_predictions(result)
-        if self.folder:
-            self._tell(*self._where_next())
+        self._tell(*self._where_next())
 
     def _save_config(self, path: Path) -> None:
         text = compose.to_yaml(self.resolved)
@@ -218,6 +225,8 @@ class TaskCLI(LightningCLI):
         self._tell(f"predictions: {path}")
 
     def _where_next(self) -> list[str]:
+        if not self.folder or not (self.folder / "checkpoints").is_dir():
+            return []
         return [
             f"run folder: {self.folder}",
             f"  test:   python train.py test task={self.request.task} run={self.folder}",

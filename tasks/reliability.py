@@ -96,7 +96,7 @@ class Guard(Callback):
         good = self.checkpoints.last_model_path
         if saved is None:
             good = self.start  # nothing written by this process: what it started from
-        kept = f"Last good checkpoint: {good}" + (f" (step {saved})" if saved is not None else "")
+        kept = f"Last good checkpoint: {good}" + (f" (step {saved})." if saved is not None else ".")
         where = f"optimizer step {step} (epoch {trainer.current_epoch})"
         self._leave(
             trainer,

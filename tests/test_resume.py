@@ -60,6 +60,11 @@ KILLS = {
     "vision, by steps, accumulation, workers": ("vision", BY_STEPS + ACCUMULATE + WORKERS, dict(at=23, where="end")),
     "vision, by epochs": ("vision", BY_EPOCHS, dict(at=13, where="backward")),
     "vision, by epochs, after one": ("vision", BY_EPOCHS, dict(at=14, where="start")),
+    "vision, by epochs, validation within": (
+        "vision",
+        [*BY_EPOCHS, "trainer.val_check_interval=0.5", *ACCUMULATE],
+        dict(at=9, where="end"),
+    ),
     "lra, by steps, in validation": ("lra", BY_STEPS, dict(at=1, where="val")),
     "lra, by epochs, in validation": ("lra", BY_EPOCHS, dict(at=0, where="val")),
     "lra, by steps, across an epoch": ("lra", BY_STEPS, dict(at=14, where="start")),
@@ -236,6 +241,28 @@ def test_tensorboard_shows_no_step_twice(tmp_path, corpus):
     with next(run.glob("csv/metrics.csv")).open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
     assert steps == list(range(17))
+
+
+@pytest.mark.parametrize(
+    ("every", "extra"),
+    [(12, []), (5, []), (7, BY_EPOCHS), (7, [*BY_EPOCHS, "trainer.check_val_every_n_epoch=2"]), (6, BY_EPOCHS)],
+)
+def test_lightnings_own_checkpoints_resume_exactly(every, extra, tmp_path, corpus):
+    """Written in the middle of a batch's hooks: also at an epoch's last batch, also where a validation follows."""
+    argv = flags("lra", [*BY_STEPS, "trainer.max_steps=26", *extra], corpus, tmp_path / "losses")
+    saved = tmp_path / "saved"
+    hook = f"{{class_path: ModelCheckpoint, init_args: {{dirpath: {saved}, every_n_train_steps: {every}, save_top_k: -1}}}}"
+    both = argv[-1][:-1] + f", {hook}]"
+    status, out = launch(tmp_path, *argv[:-1], both)
+    assert status == 0, out
+    file = min(saved.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    before = len((tmp_path / "losses").read_text().splitlines())
+    status, out = launch(tmp_path, *argv, f"ckpt_path={file}")
+    assert status == 0, out
+    rows = (tmp_path / "losses").read_text().splitlines()[before:]
+    everything = read(tmp_path / "losses")  # raises where a loss was not repeated
+    step = torch.load(file, weights_only=True)["global_step"]
+    assert [int(row.split()[0]) for row in rows] == list(range(step, len(everything)))
 
 
 def command(cwd, *argv, env=None):
