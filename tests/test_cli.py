@@ -136,17 +136,19 @@ def test_precedence(tmp_path):
 
 
 def test_three_spellings(tmp_path):
-    spelled = [
-        config(tmp_path, "task=lm", "trainer.max_steps=9", "model.prompt=a=b", "trainer.detect_anomaly=true"),
-        config(tmp_path, "--task=lm", "--trainer.max_steps=9", "--model.prompt=a=b", "--trainer.detect_anomaly=yes"),
-        config(
-            tmp_path, "--task", "lm", "--trainer.max_steps", "9", "--model.prompt", "a=b", "--trainer.detect_anomaly"
-        ),
+    plain = ["trainer.max_steps=9", "model.prompt=a=b", "trainer.detect_anomaly=true", "trainer.fast_dev_run=true"]
+    dashed = [f"--{word}" for word in plain[:2]] + ["--trainer.detect_anomaly=yes", "--trainer.fast_dev_run", "true"]
+    apart = ["--trainer.max_steps", "9", "--model.prompt", "a=b", "--trainer.detect_anomaly", "--trainer.fast_dev_run"]
+    read = [
+        config(tmp_path, "task=lm", *plain),
+        config(tmp_path, "--task=lm", *dashed),
+        config(tmp_path, *apart, "--task", "lm"),
     ]
-    assert spelled[0] == spelled[1] == spelled[2]
-    assert spelled[0]["model"]["prompt"] == "a=b"
-    assert spelled[0]["trainer"]["max_steps"] == 9
-    assert spelled[0]["trainer"]["detect_anomaly"] is True
+    assert read[0] == read[1] == read[2]
+    assert read[0]["model"]["prompt"] == "a=b"
+    assert read[0]["trainer"]["max_steps"] == 9
+    assert read[0]["trainer"]["detect_anomaly"] is True
+    assert read[0]["trainer"]["fast_dev_run"] is True
 
 
 @pytest.mark.parametrize("text", ["yes", "0123", "12:30:45", "a: b", "${x}", "1e3", "null", "", "#c", "[1]", "--x"])
@@ -204,6 +206,7 @@ def test_printed_configuration_reproduces_itself(tmp_path):
         (["model.backbone.dim=10"], ["expand_ratio=16", "dim=10"]),
         (["data.batch_size=0"], ["data.batch_size=0"]),
         (["seed=x"], ["seed=x: expected int"]),
+        (["seed=-1"], ["seed=-1"]),
         (["logger=tensorbord"], ["logger=tensorbord", "tensorboard, csv, wandb, none"]),
         (["trainer.accelerator=gpux"], ["gpux"]),
         (["trainer.strategy=foo"], ["foo"]),

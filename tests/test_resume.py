@@ -251,7 +251,8 @@ def test_lightnings_own_checkpoints_resume_exactly(every, extra, tmp_path, corpu
     """Written in the middle of a batch's hooks: also at an epoch's last batch, also where a validation follows."""
     argv = flags("lra", [*BY_STEPS, "trainer.max_steps=26", *extra], corpus, tmp_path / "losses")
     saved = tmp_path / "saved"
-    hook = f"{{class_path: ModelCheckpoint, init_args: {{dirpath: {saved}, every_n_train_steps: {every}, save_top_k: -1}}}}"
+    settings = f"dirpath: {saved}, every_n_train_steps: {every}, save_top_k: -1"
+    hook = f"{{class_path: ModelCheckpoint, init_args: {{{settings}}}}}"
     both = argv[-1][:-1] + f", {hook}]"
     status, out = launch(tmp_path, *argv[:-1], both)
     assert status == 0, out
