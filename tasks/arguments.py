@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import textwrap
 import types
 from dataclasses import dataclass, field
 from typing import Any, Union, get_args, get_origin
@@ -10,7 +12,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader
 
 from hgrn2.config import ConfigError
-from tasks.compose import flatten, nearest, shipped_tasks
+from tasks.compose import at, flatten, nearest, shipped_tasks
 
 COMMANDS = ("fit", "validate", "test", "predict")
 ASSIGNMENT = re.compile(r"(?:--)?([A-Za-z_][\w.]*\+?)=(.*)", re.DOTALL)
@@ -91,7 +93,7 @@ def _is_bool(hint: Any) -> bool:
 
 def known_keys(parser: ArgumentParser) -> dict[str, Any]:
     """Every key of the parser with its type."""
-    skipped = ("help", "print_config")  # also --trainer.profiler.help and its like
+    skipped = ("help", "print_config", "print_shtab")  # also --trainer.profiler.help and its like
     return {a.dest: _hint(a) for a in parser._actions if a.dest.rsplit(".", 1)[-1] not in skipped}
 
 
@@ -194,6 +196,26 @@ def describe(hint: Any) -> str:
     if get_origin(hint) is not None:
         return re.sub(r"\b\w+\.", "", str(hint))
     return getattr(hint, "__name__", str(hint))
+
+
+def settings(parser: ArgumentParser, task: str, values: dict[str, Any]) -> str:
+    """Every setting with its value for this task, its type and the first sentence of its help; the Trainer's last."""
+    hints = known_keys(parser)
+    helps = {action.dest: action.help or "" for action in parser._actions}
+    keys = [key for key in hints if not _is_group(key, hints)]
+    width = max(shutil.get_terminal_size().columns, 100)
+    lines = [f"usage: python train.py [{'|'.join(COMMANDS)}] task={task} [key=value ...]", ""]
+    group = None
+    for key in sorted(keys, key=lambda key: ("." in key, key.startswith("trainer."))):
+        if (above := key.partition(".")[0] if "." in key else "") != group:
+            group = above
+            lines += [f"{group}:" if group else "run:"]
+        value = at(values, key)
+        plain_text = isinstance(value, str) and value and " " not in value
+        left = f"  {key}={value if plain_text else json.dumps(value, ensure_ascii=False)}"
+        right = f"{describe(hints[key])}. {' '.join(helps[key].split()).split('. ')[0]}".rstrip(". ")
+        lines += textwrap.wrap(f"{left:<46} {right}", width, subsequent_indent=" " * 47, break_long_words=False)
+    return "\n".join(lines) + "\n"
 
 
 class _CoreLoader(yaml.SafeLoader):

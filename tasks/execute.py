@@ -99,21 +99,16 @@ class TaskCLI(LightningCLI):
                 config = self._over_run(config, typed)
         resolved = compose.resolve(config)
         self.root = root
-        if self.request.help:
-            self._show_help(parser, resolved)
         self.config = args.typed(parser, resolved)
         self.resolved = {"domain": self.domain} | args.plain(parser, self.config)
+        if self.request.help:
+            sys.stdout.write(args.settings(parser, self.task, self.resolved))
+            raise Done
         for key in OURS:
             self.resolved.pop(key, None)
         if self.request.print_config:
             sys.stdout.write(compose.to_yaml(self.resolved))
             raise Done
-
-    def _show_help(self, parser: LightningArgumentParser, resolved: dict[str, Any]) -> None:
-        keys = {key for key in compose.flatten(resolved) if key in args.known_keys(parser)}
-        parser.set_defaults({key: compose.at(resolved, key) for key in keys})
-        sys.stdout.write(parser.format_help())
-        raise Done
 
     def _decide(self, root: Path, once: dict[str, Any]) -> Choice:
         """Rank 0's choice of checkpoint and run: its children inherit it, ranks of other launchers see the same."""
