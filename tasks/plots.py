@@ -11,7 +11,7 @@ RIGHT, WRONG = "#1a7f37", "#cf222e"
 def image_grid(images: Tensor, captions: list[tuple[str, bool]], columns: int = 8) -> Figure:
     """Images `[B, C, Y, X]` with captions, green where right and red where wrong; each image is scaled to its range."""
     rows = -(-len(images) // columns)
-    figure = Figure(figsize=(1.15 * columns, 1.4 * rows), dpi=110, layout="constrained")
+    figure = Figure(figsize=(0.95 * columns, 1.25 * rows), dpi=110, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.set_axis_off()
@@ -19,24 +19,24 @@ def image_grid(images: Tensor, captions: list[tuple[str, bool]], columns: int = 
         image = image.transpose(1, 2, 0)
         image = (image - image.min()) / max(np.ptp(image), 1e-6)
         axis.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray_r")
-        axis.set_title(caption, fontsize=9, color=RIGHT if right else WRONG, pad=3)
+        axis.set_title(caption, fontsize=11, color=RIGHT if right else WRONG, pad=3)
     return figure
 
 
 def horizon_map(half_life: np.ndarray) -> Figure:
     """Median memory horizon per layer and head, in tokens: half_life `[L, H]`."""
     layers, heads = half_life.shape
-    width = min(3.2 + 0.5 * heads, 14)
-    figure = Figure(figsize=(width, 1.6 + 0.42 * layers), dpi=110, layout="constrained")
+    # small, with large type: TensorBoard shows a card 300 pixels wide
+    figure = Figure(figsize=(min(2.4 + 0.45 * heads, 14), 1.3 + 0.4 * layers), dpi=100, layout="constrained")
     axis = figure.subplots()
     low, high = 0.1, max(1e4, float(half_life.max()))
     picture = axis.imshow(half_life.clip(low, high), aspect="auto", cmap="viridis", norm=LogNorm(low, high))
-    axis.set(xlabel="head", ylabel="layer", title="memory horizon (median half-life)")
+    axis.set(xlabel="head", ylabel="layer", title="median half-life (tokens)")
     axis.set_xticks(range(0, heads, max(1, heads // 16)))
     axis.set_yticks(range(layers))
     if heads <= 16:
         for (layer, head), value in np.ndenumerate(half_life):
             dark = np.log(value.clip(low, high) / low) < 0.55 * np.log(high / low)
-            axis.text(head, layer, f"{value:.3g}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
-    figure.colorbar(picture, ax=axis, label="tokens")
+            axis.text(head, layer, f"{value:.3g}", ha="center", va="center", fontsize=10, color="w" if dark else "k")
+    figure.colorbar(picture, ax=axis)
     return figure

@@ -1,11 +1,13 @@
 """The tasks through Lightning's Trainer: loss at init, one batch learnt, metrics, TensorBoard, checkpoints."""
 
+import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from lightning import Trainer, seed_everything
+from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -210,3 +212,29 @@ def test_generation_leaves_training_randomness_alone(make):
     before = torch.get_rng_state()
     task.model.generate(torch.tensor([[1]]), 4, 1.0, torch.Generator().manual_seed(0))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+GOLDEN = Path(__file__).parent / "fixtures" / "golden_losses.json"
+
+
+class Losses(Callback):
+    """The training loss of every step."""
+
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.values.append(outputs["loss"].item())
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_the_first_losses_are_the_golden_ones(make, domain, tmp_path):
+    """A change here changes what every user's run computes: regenerate with WRITE_GOLDEN=1 only if that is meant."""
+    task, data = make(domain, backbone={"dropout": 0.1})
+    losses = Losses()
+    quiet_trainer(tmp_path, callbacks=[losses], max_steps=12, limit_val_batches=0).fit(task, data)
+    golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    if os.environ.get("WRITE_GOLDEN"):
+        GOLDEN.write_text(json.dumps(golden | {domain: [round(x, 6) for x in losses.values]}, indent=1) + "\n")
+    assert losses.values == pytest.approx(json.loads(GOLDEN.read_text())[domain], rel=2e-3)
+    assert losses.values[-1] < losses.values[0]

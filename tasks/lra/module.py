@@ -54,7 +54,7 @@ class LRATask(ClassificationTask):
     def show_samples(self, writer, batch: dict[str, Tensor], step: int) -> None:
         """Held-out expressions with predicted and true values."""
         preds = self.logits(batch).argmax(-1).tolist()
-        rows = ["| | predicted | true | expression |", "|---|---|---|---|"]
+        rows = ["| | pred | true | expression |", "|---|---|---|---|"]
         for tokens, pred, label in zip(batch["tokens"].tolist(), preds, batch["label"].tolist(), strict=True):
             text = self.trainer.datamodule.decode(tokens)
             rows.append(f"| {'✓' if pred == label else '✗'} | {pred} | {label} | `{text}` |")

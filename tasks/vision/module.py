@@ -53,7 +53,7 @@ class VisionTask(ClassificationTask):
         names = self.trainer.datamodule.class_names
         preds = self.logits(batch).argmax(-1)
         captions = [
-            (f"{names[p]}" if p == t else f"{names[p]} (true {names[t]})", p == t)
+            (f"{names[p]}" if p == t else f"{names[p]}, is {names[t]}", p == t)
             for p, t in zip(preds.tolist(), batch["label"].tolist(), strict=True)
         ]
         writer.add_figure("samples/held-out images", image_grid(batch["image"].float().cpu(), captions), step)

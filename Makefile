@@ -1,0 +1,31 @@
+.DEFAULT_GOAL := help
+.PHONY: help install test test-gpu demo bench lint format ci
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: ## install with everything the demos and tests need
+	python -m pip install -e ".[dev]"
+
+test: ## the CPU tests (as CI)
+	python -m pytest
+
+test-gpu: ## the tests that need a CUDA device
+	python -m pytest -m gpu
+
+demo: ## the three demos at full length, against their time and quality targets
+	python -m pytest -m slow tests/test_demo.py -s
+
+bench: ## the torch form of the scan against the plain loop, on this CPU
+	python benchmarks/cpu_scan.py
+
+lint: ## ruff, as CI
+	ruff check .
+	ruff format --check .
+
+format: ## let ruff rewrite
+	ruff check --fix .
+	ruff format .
+
+ci: ## what continuous integration runs
+	bash .ci/run
