@@ -111,7 +111,12 @@ class Checkpoints(Checkpoint):
             self._save_last(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit":
+        if trainer.state.fn != "fit" or trainer.fast_dev_run or self.folder is None:
+            return
+        if self.monitor not in trainer.callback_metrics:  # seen in the sanity check: before any step is wasted
+            logged = ", ".join(sorted(key for key in trainer.callback_metrics if key.startswith("val"))) or "nothing"
+            raise ConfigError(f"checkpoint.monitor={self.monitor} is not logged; logged: {logged}")
+        if trainer.sanity_checking:
             return
         self._validated = True
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
@@ -141,9 +146,6 @@ class Checkpoints(Checkpoint):
         the last.ckpt from before the validation, which runs it again and comes to the same verdict."""
         if not self._writes(trainer):
             return
-        if self.monitor not in trainer.callback_metrics:
-            logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
-            raise ConfigError(f"checkpoint.monitor={self.monitor} is not logged; logged: {logged}")
         score = float(trainer.callback_metrics[self.monitor])
         best = self.best_score
         better = score == score and (best is None or (score < best if self.mode == "min" else score > best))

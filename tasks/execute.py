@@ -4,6 +4,7 @@ import importlib
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from hgrn2.config import ConfigError
@@ -165,6 +167,10 @@ class TaskCLI(LightningCLI):
         keys = self.parser.callback_keys
         self.parser.callback_keys = [key for key in keys if not isinstance(self.config_init[key], unfit)]
         trainer = super().instantiate_trainer()
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise ConfigError(
+                f"trainer.strategy={self.config['trainer']['strategy']}: use ddp, which starts processes anew"
+            )
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if trainer.num_nodes > 1 and not environment.creates_processes_externally:
             raise ConfigError(f"trainer.num_nodes={trainer.num_nodes}: start every node with torchrun or srun")
@@ -288,6 +294,12 @@ def _run(cli: TaskCLI) -> None:
     except Leave:
         completed = cli.trained  # all ranks leave together
         raise
+    except RuntimeError as error:
+        # Where workers are not forked (macOS, Python 3.14), a signal to the whole group ends them and then us.
+        if cli.signals.received is None or "DataLoader worker" not in str(error):
+            raise
+        name = signal.Signals(cli.signals.received).name
+        raise Leave(128 + cli.signals.received, f"{name}: stopped, a data worker had ended") from error
     except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
         # Before the first step these are Lightning's words for settings that don't go together.
         if isinstance(error, ConfigError) or cli.trained or not _about_settings(error):

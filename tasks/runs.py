@@ -60,14 +60,14 @@ def run_around(checkpoint: Path) -> Path | None:
     return run if checkpoint.absolute().parent.name == "checkpoints" and (run / "config.yaml").is_file() else None
 
 
-def read_checkpoint(path: Path, training: bool = False) -> dict[str, Any]:
-    """Opens a checkpoint (tensors stay on disk); a missing, truncated or foreign file is a ConfigError."""
+def read_checkpoint(path: Path, training: bool = False, look: bool = True) -> dict[str, Any]:
+    """Opens a checkpoint (``look``: tensors stay on disk); a missing, truncated or foreign file is a ConfigError."""
     if path.is_dir() and (path / ".metadata").is_file():
         return {}  # sharded by its strategy, which checks it on loading
     if not path.is_file():
         raise ConfigError(f"ckpt_path={path}: no such file")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=look)
     except pickle.UnpicklingError as error:
         raise ConfigError(f"{path}: not loaded: it holds more than tensors and plain values, or is damaged") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
@@ -225,7 +225,7 @@ class AtomicCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any | None = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return read_checkpoint(Path(path))
+        return read_checkpoint(Path(path), look=False)
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)

@@ -220,6 +220,8 @@ def test_printed_configuration_reproduces_itself(tmp_path):
         (["trainer.val_check_interval=1000", "trainer.check_val_every_n_epoch=1", *TINY[:1]], ["1000"]),
         (["data.batch_size=100000", *TINY], ["data.batch_size=100000"]),
         (["trainer.num_nodes=2", *TINY], ["trainer.num_nodes=2", "torchrun"]),
+        (["trainer.strategy=ddp_spawn", "trainer.devices=2", "trainer.accelerator=cpu"], ["ddp_spawn", "use ddp"]),
+        (["checkpoint.monitor=val/los", *TINY], ["checkpoint.monitor=val/los", "val/loss"]),
     ],
 )
 def test_mistakes_are_one_message(argv, fragments, tmp_path):
