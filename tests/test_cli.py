@@ -342,6 +342,29 @@ def test_checkpoints_load_from_python(trained):
     assert all(torch.equal(value, state[key]) for key, value in task.state_dict().items())
 
 
+def test_checkpoints_made_in_python_load_safely(tmp_path):
+    from lightning.pytorch import Trainer
+
+    from hgrn2 import HGRN2Config
+    from tasks.vision.data import VisionData
+    from tasks.vision.module import VisionTask
+
+    backbone = HGRN2Config(dim=16, depth=1, expand_ratio=4, scan="bidirectional", glu_width=8)
+    task = VisionTask(backbone=backbone, img_size=8, patch_size=2, in_chans=1)
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    trainer = Trainer(max_steps=1, accelerator="cpu", limit_val_batches=0, default_root_dir=tmp_path, **quiet)
+    trainer.fit(task, VisionData(batch_size=64))
+    trainer.save_checkpoint(tmp_path / "python.ckpt")
+    again = VisionTask.load_from_checkpoint(tmp_path / "python.ckpt", weights_only=True)
+    assert again.backbone_config == backbone
+    assert all(torch.equal(value, task.state_dict()[key]) for key, value in again.state_dict().items())
+
+
 def test_from_any_folder(tmp_path):
     done = subprocess.run(
         [sys.executable, str(REPO / "train.py"), "task=vision", "--print_config"],

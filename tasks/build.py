@@ -1,0 +1,188 @@
+"""Builds what a command line asks for: its configuration, then model and data, then the run folder and the Trainer."""
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+from hgrn2.config import ConfigError
+from tasks import TASKS, compose
+from tasks import arguments as args
+from tasks.callbacks import CALLBACKS
+from tasks.checkpoints import Checkpoints
+from tasks.loggers import LOGGERS, make_loggers
+from tasks.reliability import Guard
+from tasks.runs import AtomicCheckpointIO, Choice, check_fits, choose, new_run, read_checkpoint
+from tasks.signals import Signals
+
+DECISION = "HGRN2_RUN"  # what rank 0 decided, for the children that Lightning's launcher starts
+OURS = ("ckpt_path", "run", "resume")  # settings of one command line, not of a configuration
+
+
+class Done(Exception):
+    """--help or --print_config has said everything."""
+
+
+class TaskCLI(LightningCLI):
+    """LightningCLI with our composition of files, run folders and checkpoints. It builds; tasks/execute.py runs."""
+
+    def __init__(self, request: args.Request, signals: Signals) -> None:
+        self.request, self.signals = request, signals
+        self.task = compose.task_name(request.task)
+        domain, self.layers = compose.load_task(request.task)
+        if domain not in TASKS:
+            raise ConfigError(f"domain={domain}: must be one of {', '.join(TASKS)}")
+        self.domain = domain
+        self.choice = Choice()
+        self.folder: Path | None = None
+        self.fresh = False
+        self.start_step = 0
+        model_class, data_class = (_imported(it) for it in TASKS[domain])
+        super().__init__(
+            model_class,
+            data_class,
+            save_config_callback=None,
+            parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "parser_mode": "core"},
+            args=[],
+            run=False,
+            auto_configure_optimizers=False,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        return self.parser_class(prog=f"python train.py task={self.task}", description=None, **kwargs)
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--seed", type=int, default=0, help="seed of weights, sample order and noise")
+        parser.add_argument("--run_root", type=str, default="runs", help="where run folders are made and looked for")
+        parser.add_argument("--logger", type=str, default="tensorboard", help=f"comma list of {', '.join(LOGGERS)}")
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="last, best or a file")
+        parser.add_argument("--run", type=str | None, default=None, help="a run folder; default: the task's newest")
+        parser.add_argument("--resume", type=str | None, default=None, help="auto: continue the newest run, if any")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        for name, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, name)
+
+    def parse_arguments(self, parser: LightningArgumentParser, _: Any) -> None:
+        """Layers files and flags, then types the whole. Interpolations are resolved after the last layer."""
+        flags = args.to_flags(self.request.tokens, args.known_keys(parser))
+        typed = compose.escape(args.typed_overrides(parser, flags))
+        once = {key: typed.pop(key, None) for key in OURS}
+        args.unknown_in(self.layers, parser, f"task={self.request.task}: ")
+        config = compose.merge(self.layers, typed)
+        root = Path(compose.resolve(config)["run_root"]).expanduser()
+        if not (self.request.help or self.request.print_config):
+            self.choice = self._decide(root, once)
+            if self.choice.config is not None:
+                config = self._over_run(config, typed)
+        resolved = compose.resolve(config)
+        self.root = root
+        self.config = args.typed(parser, resolved)
+        self.resolved = {"domain": self.domain} | args.plain(parser, self.config)
+        if self.request.help:
+            sys.stdout.write(args.settings(parser, self.task, self.resolved))
+            raise Done
+        for key in OURS:
+            self.resolved.pop(key, None)
+        if self.request.print_config:
+            sys.stdout.write(compose.to_yaml(self.resolved))
+            raise Done
+
+    def _decide(self, root: Path, once: dict[str, Any]) -> Choice:
+        """Rank 0's choice of checkpoint and run: its children inherit it, ranks of other launchers see the same."""
+        if _is_child() and DECISION in os.environ:
+            decided = {key: value and Path(value) for key, value in json.loads(os.environ[DECISION]).items()}
+            self.folder = decided["folder"]
+            return Choice(decided["checkpoint"], decided["run"])
+        return choose(self.request.command, self.task, root, **once)
+
+    def _over_run(self, config: dict[str, Any], typed: dict[str, Any]) -> dict[str, Any]:
+        """A run that is continued brings its whole configuration, one that is evaluated its model and data."""
+        saved = compose.read(self.choice.config)
+        if saved.pop("domain", self.domain) != self.domain:
+            raise ConfigError(f"{self.choice.checkpoint}: of another domain than task={self.task}")
+        if self.request.command != "fit":
+            saved = {key: saved[key] for key in ("model", "data", "seed") if key in saved}
+        return compose.merge(compose.over_saved(config, saved), typed)
+
+    def _set_seed(self) -> None:
+        seed = self.config["seed"]
+        if not 0 <= seed < 2**32:
+            raise ConfigError(f"seed={seed}: must be from 0 to 2**32 - 1")
+        seed_everything(seed, workers=True, verbose=False)
+
+    def instantiate_classes(self) -> None:
+        """Model and data; the Trainer comes later (``make_trainer``), when they are known to be valid."""
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.model, self.datamodule = self.config_init["model"], self.config_init["data"]
+
+    def make_trainer(self) -> Trainer:
+        fit = self.request.command == "fit"
+        settings, start = self.config_init["trainer"], self.choice.checkpoint
+        names = [] if settings["logger"] is False else self.config["logger"].split(",")
+        make_loggers(names, self.task, None, None)  # a wrong name is refused before a folder is made
+        if start:
+            checkpoint = read_checkpoint(start, training=fit)
+            check_fits(self.model, checkpoint, start)
+            self.start_step = checkpoint.get("global_step", 0)
+        if fit and not settings["fast_dev_run"]:
+            self._make_folder()
+        checkpoints: Checkpoints = self.config_init["checkpoint"]
+        if self.folder and settings["enable_checkpointing"] is not False:
+            checkpoints.folder = self.folder / "checkpoints"
+        guard = Guard(self.signals, checkpoints, start)
+        settings["callbacks"] = [guard, *_listed(settings["callbacks"])]
+        settings["plugins"] = [*_listed(settings["plugins"]), AtomicCheckpointIO()]
+        step = self.start_step if self.choice.run else None
+        own = [] if isinstance(settings["logger"], bool) else _listed(settings["logger"])
+        settings["logger"] = make_loggers(names if fit else [], self.task, self.folder, step) + own or False
+        # Lightning refuses what is switched off, and a monitor without a logger.
+        unfit = (ProgressBar,) if settings["enable_progress_bar"] is False else ()
+        unfit += () if settings["logger"] else (LearningRateMonitor,)
+        unfit += (Checkpoints,) if settings["enable_checkpointing"] is False else ()
+        keys = self.parser.callback_keys
+        self.parser.callback_keys = [key for key in keys if not isinstance(self.config_init[key], unfit)]
+        trainer = super().instantiate_trainer()
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise ConfigError(
+                f"trainer.strategy={self.config['trainer']['strategy']}: use ddp, which starts processes anew"
+            )
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if trainer.num_nodes > 1 and not environment.creates_processes_externally:
+            raise ConfigError(f"trainer.num_nodes={trainer.num_nodes}: start every node with torchrun or srun")
+        return trainer
+
+    def _make_folder(self) -> None:
+        if self.folder is not None:
+            return  # inherited
+        if rank_zero_only.rank != 0:
+            self.folder = self.root  # only rank 0 writes; Checkpoints learns the real name from it
+        elif self.choice.run:
+            self.folder = self.choice.run
+        else:
+            self.folder, self.fresh = new_run(self.root, self.task), True
+
+
+def _imported(it: Any) -> type:
+    """A class, or the class that ``module.Class`` names: one domain's imports need not wait for the others'."""
+    if not isinstance(it, str):
+        return it
+    module, _, name = it.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _is_child() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") != "0"
