@@ -151,6 +151,21 @@ def test_kill_9_and_resume(name, tmp_path, tmp_path_factory, corpus):
     compare(task, expected, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("extra", "shorter"), [(BY_STEPS, "trainer.max_steps=10"), (BY_EPOCHS, "trainer.max_epochs=2")]
+)
+def test_a_finished_run_goes_on_as_if_it_had_been_longer(extra, shorter, tmp_path, tmp_path_factory, corpus):
+    extra = [*extra, "model.optim.total_steps=20"]
+    expected = straight(tmp_path_factory, "lra", extra, corpus)
+    status, out = launch(tmp_path, *flags("lra", [*extra, shorter], corpus, tmp_path / "losses"))
+    assert status == 0, out
+    status, out = launch(tmp_path, *flags("lra", extra, corpus, tmp_path / "losses"), "resume=auto")
+    assert status == 0, out
+    assert read(tmp_path / "losses") == read(expected / "losses")
+    lines = len((tmp_path / "losses").read_text().splitlines())
+    assert lines == len(read(tmp_path / "losses"))  # nothing was done twice
+
+
 @pytest.mark.parametrize("task", SMALL)
 def test_sigterm_saves_and_resumes(task, tmp_path, tmp_path_factory, corpus):
     extra = BY_STEPS + ACCUMULATE if task == "lm" else BY_STEPS
@@ -298,9 +313,10 @@ def test_resume_on_two_ranks_sees_the_same_samples(tmp_path, tmp_path_factory, c
     status, out = command(tmp_path, *stop, "resume=auto")
     assert status == 143, out
     assert out.count("SIGTERM: stopped after optimizer step 9") == 1
-    assert out.count("run folder:") == 1, out
+    assert out.count("run folder:") == 2, out  # at start and at the end, by rank 0
     status, out = command(tmp_path, *flags("lm", extra + TWO, corpus, tmp_path / "two"), "resume=auto")
     assert status == 0, out
-    assert len(list((tmp_path / "runs/lm").iterdir())) == 1
+    (run,) = (tmp_path / "runs/lm").iterdir()
+    assert {path.name for path in run.glob("checkpoints/*")} == {"last.ckpt", "best.ckpt"}
     together = samples(tmp_path / "one") | samples(tmp_path / "two")
     assert together == samples(expected / "losses")
