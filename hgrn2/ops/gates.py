@@ -8,6 +8,8 @@
 Source: HGRN2 (arXiv 2404.07904), section 3; lower bounds from HGRN (arXiv 2311.04823), equation 5.
 """
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -80,35 +82,83 @@ except ImportError:  # macOS and other platforms without Triton run the torch fo
     triton = None
 
 if triton is not None:
+    _INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+    @triton.jit
+    def fast_exp2(x):
+        """2^x in one hardware instruction (relative error 2^-22, subnormal results are 0)."""
+        if _INTERPRET:
+            y = tl.exp2(x)
+        else:
+            y = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+        return y
+
+    @triton.jit
+    def fast_log2(x):
+        """log2 x in one hardware instruction (absolute error 2^-22 near 1, relative 2^-22 far from it)."""
+        if _INTERPRET:
+            y = tl.log2(x)
+        else:
+            y = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+        return y
+
+    @triton.jit
+    def fast_reciprocal(x):
+        """1 / x in one hardware instruction (1 ulp)."""
+        if _INTERPRET:
+            y = 1.0 / x
+        else:
+            y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+        return y
+
+    @triton.jit
+    def round_tf32(x):
+        """x rounded to the 10 mantissa bits that tf32 products read; unrounded operands would be truncated."""
+        if _INTERPRET:
+            y = x
+        else:
+            y = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+        return y
 
     @triton.jit
     def gate_tile(f, gamma, HAS_LB: tl.constexpr):
         """`forget_gate` for a tile of fp32 logits: (sigmoid(f), sigmoid(-f), k, lam, log2 lam).
 
-        f is broadcast against gamma (`[1, K]`, ignored without HAS_LB). log2(1 - k) is k times a polynomial where k < 1/2
-        (relative error 2.6e-7): the hardware logarithm is only accurate to 2^-22 absolute near 1.
+        f is broadcast against gamma (`[1, K]`, ignored without HAS_LB). Near lam = 1, where the hardware logarithm is only
+        accurate to 2^-22 absolute, log2 lam is a polynomial (relative error under 3e-7).
         """
         x = tl.maximum(f * 1.4426950408889634, -16384.0, propagate_nan=tl.PropagateNan.ALL)
-        x = tl.minimum(x, 126.0, propagate_nan=tl.PropagateNan.ALL)
-        u = tl.exp2(x)
-        minus = 1.0 / (1.0 + u)
-        sigma = u * minus
+        u = fast_exp2(-tl.abs(x))
+        inverse = fast_reciprocal(1.0 + u)
+        small = u * inverse
+        sigma = tl.where(x > 0, inverse, small)
+        minus = tl.where(x > 0, small, inverse)
         if HAS_LB:
             k = (1.0 - gamma) * minus
             lam = gamma + (1.0 - gamma) * sigma
-            large = tl.log2(tl.maximum(lam, 1e-37))
+            # log2(1 - k) / -k on [0, 1/2]
+            p = 1.67152671 * k - 1.49468831
+            p = p * k + 1.08864097
+            p = p * k + 0.0697659293
+            p = p * k + 0.390215876
+            p = p * k + 0.478984607
+            p = p * k + 0.721393935
+            p = p * k + 1.44269486
+            g = tl.where(k < 0.5, -k * p, fast_log2(tl.maximum(lam, 1e-37)))
         else:
             k = minus
             lam = sigma
-            large = x + tl.log2(minus)
-        p = 1.67152671 * k - 1.49468831
-        p = p * k + 1.08864097
-        p = p * k + 0.0697659293
-        p = p * k + 0.390215876
-        p = p * k + 0.478984607
-        p = p * k + 0.721393935
-        p = p * k + 1.44269486
-        return sigma, minus, k, lam, tl.where(k < 0.5, -k * p, large)
+            # log2(1 + u) / u on [0, 1]
+            p = 0.00739540214 * u - 0.0419450089
+            p = p * u + 0.111832074
+            p = p * u - 0.196238952
+            p = p * u + 0.275221212
+            p = p * u - 0.35829907
+            p = p * u + 0.48067889
+            p = p * u - 0.721339513
+            p = p * u + 1.44269499
+            g = tl.minimum(x, 0.0) - u * p
+        return sigma, minus, k, lam, g
 
     @triton.jit
     def activate_tile(x, ACT: tl.constexpr):
@@ -116,9 +166,9 @@ if triton is not None:
         if ACT == 0:
             y = x
         elif ACT == 1:
-            y = x / (1.0 + tl.exp2(-1.4426950408889634 * x))
+            y = x * fast_reciprocal(1.0 + fast_exp2(-1.4426950408889634 * x))
         else:
-            y = 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * x))
+            y = fast_reciprocal(1.0 + fast_exp2(-1.4426950408889634 * x))
         return y
 
     @triton.jit
@@ -127,7 +177,7 @@ if triton is not None:
         if ACT == 0:
             d = x * 0.0 + 1.0
         else:
-            s = 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * x))
+            s = fast_reciprocal(1.0 + fast_exp2(-1.4426950408889634 * x))
             if ACT == 1:
                 d = s * (1.0 + x * (1.0 - s))
             else:

@@ -1,0 +1,90 @@
+"""The table of tiles: how each head dim and dtype is cut up. Fixed, so that nothing is tuned at run time."""
+
+import dataclasses
+import functools
+import os
+
+import torch
+
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+HEAD_DIMS = (16, 32, 64, 128, 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """Tile of one kernel: key channels `bk`, value channels `bv`, warps, pipeline stages.
+
+    For the factor kernel, `bk` is channels (of several heads if the head dim is smaller) and `bv` tokens at a time.
+    """
+
+    bk: int
+    bv: int
+    warps: int
+    stages: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """One head dim and dtype: tokens a chunk and the tile of each kernel."""
+
+    chunk: int
+    factor: Kernel
+    state: Kernel
+    out: Kernel
+    dv: Kernel
+    grad: Kernel
+
+
+# bf16 inputs: bf16 products. Hopper's own products need 64 rows and 64 columns here: narrower ones raced on the device
+# (Triton 3.6), so small head dims take chunks of 32, which run the older ones.
+_BF16 = {
+    16: Tiles(32, Kernel(128, 4, 1, 2), Kernel(16, 16, 1, 2), Kernel(16, 16, 1), Kernel(16, 16, 1), Kernel(16, 16, 1)),
+    32: Tiles(32, Kernel(128, 4, 1, 2), Kernel(32, 32, 1, 2), Kernel(32, 32, 1), Kernel(32, 32, 1), Kernel(32, 32, 1)),
+    64: Tiles(64, Kernel(128, 4, 1, 2), Kernel(64, 64, 4, 2), Kernel(64, 64, 4), Kernel(64, 64, 4), Kernel(64, 64, 4)),
+    128: Tiles(64, Kernel(128, 4, 1, 2), Kernel(64, 128, 4, 3), Kernel(64, 128, 4, 2), Kernel(64, 128, 4, 2), Kernel(64, 64, 4, 2)),
+    256: Tiles(64, Kernel(256, 4, 2, 2), Kernel(64, 128, 4, 3), Kernel(64, 128, 4, 2), Kernel(64, 128, 4, 2), Kernel(64, 64, 4, 2)),
+}
+# fp32 operands: three tf32 products for fp32 inputs, one for fp16 (whose range the factors would leave)
+_FP32 = {
+    16: Tiles(32, Kernel(128, 4, 1, 2), Kernel(16, 16, 4), Kernel(16, 16, 4), Kernel(16, 16, 4), Kernel(16, 16, 4)),
+    32: Tiles(32, Kernel(128, 4, 1, 2), Kernel(32, 32, 4), Kernel(32, 32, 4), Kernel(32, 32, 4), Kernel(32, 32, 4)),
+    64: Tiles(32, Kernel(128, 4, 1, 2), Kernel(32, 64, 4), Kernel(32, 64, 4), Kernel(32, 64, 4), Kernel(32, 32, 4)),
+    128: Tiles(32, Kernel(128, 4, 1, 2), Kernel(32, 64, 4), Kernel(32, 64, 4), Kernel(32, 64, 4), Kernel(32, 32, 4)),
+    256: Tiles(32, Kernel(256, 4, 2, 2), Kernel(32, 64, 4), Kernel(32, 64, 4), Kernel(32, 64, 4), Kernel(32, 32, 4)),
+}
+
+
+def tiles_for(head_dim: int, dtype: torch.dtype) -> Tiles:
+    """The tiles of a head dim for inputs of a dtype."""
+    return (_BF16 if dtype == torch.bfloat16 else _FP32)[head_dim]
+
+
+def arithmetic(dtype: torch.dtype) -> tuple[str, int]:
+    """PRECISION of products and SPLIT of decay sums (see `chunk_common`)."""
+    if dtype == torch.bfloat16:
+        return "bf16", 2
+    if INTERPRET:
+        return "ieee", 0
+    return ("tf32" if dtype == torch.float16 else "tf32x3"), 3
+
+
+@functools.cache
+def sum_masks(chunk: int, device: torch.device) -> torch.Tensor:
+    """`[3 + 2 log2 C, C, C]` masks of 0 and 1 for sums over a chunk's tokens, rows by rows summed.
+
+    0: the token itself; 1: it and later ones; 2: earlier ones; then per halving level (smallest first) the tokens on the way
+    to the boundary (see `chunk_common`), and their transposes.
+    """
+    i, j = torch.arange(chunk)[:, None], torch.arange(chunk)[None, :]
+    masks = [i == j, j >= i, j < i]
+    levels = []
+    for shift in range(chunk.bit_length() - 1):
+        half = i >> shift
+        levels.append((half == j >> shift) & torch.where(half % 2 == 1, j <= i, j > i))
+    masks += levels + [x.T for x in levels]
+    return torch.stack(masks).to(torch.float32 if INTERPRET else torch.bfloat16).to(device)
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of factors and chunk states kept between kernels: that of the products they enter."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
