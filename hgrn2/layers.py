@@ -31,10 +31,21 @@ class MaskedBatchNorm(nn.BatchNorm1d):
 
     def _normalize(self, x: Tensor, pad: Tensor | None) -> Tensor:
         shape = x.shape
+        x = x.reshape(-1, shape[-1])
         across_ranks = self.sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if not self.training or (pad is None and not across_ranks):
-            return super().forward(x.reshape(-1, shape[-1])).view(shape)
-        x, rows = x.reshape(-1, shape[-1]), x.new_full((), x.numel() // shape[-1])
+        whole_batch = not self.training or (pad is None and not across_ranks)
+        if whole_batch and self.weight.dtype == x.dtype:
+            return super().forward(x).view(shape)
+        if self.training:
+            mean, var = self._statistics(x, pad, across_ranks)
+        else:
+            mean, var = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
+        scale = torch.rsqrt(var + self.eps) * self.weight
+        return ((x - mean) * scale + self.bias).view(shape)
+
+    def _statistics(self, x: Tensor, pad: Tensor | None, across_ranks: bool) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance of the real rows of x `[rows, D]`; updates the running ones."""
+        rows = x.new_full((), x.shape[0])
         real = None if pad is None else (~pad).reshape(-1, 1).to(x.dtype)
         if real is not None:
             rows = real.sum()
@@ -47,7 +58,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             unbiased = var * (count / (count - 1).clamp(min=1))
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
-        return ((x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias).view(shape)
+        return mean, var
 
     @staticmethod
     def _total(x: Tensor, rows: Tensor, across_ranks: bool) -> Tensor:

@@ -254,6 +254,18 @@ def test_batch_norm_statistics_are_those_of_the_real_tokens():
     torch.testing.assert_close(norm.running_var, plain.running_var)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm", "simple_rmsnorm", "batchnorm", "sync_batchnorm"])
+def test_bf16_parameters(norm, training):
+    """trainer.precision=bf16-true: parameters in bf16, gates and states still in fp32."""
+    config = tiny(norm=norm, final_norm=norm)
+    x = torch.randn(3, 12, 16)
+    want = randomised(config).train(training)(x)
+    got = randomised(config).bfloat16().train(training)(x.bfloat16())
+    assert got.dtype == torch.bfloat16
+    assert (got.float() - want).norm() / want.norm() < 0.05
+
+
 def test_packed_documents_equal_separate_rows():
     backbone = randomised(tiny()).eval()
     a, b = torch.randn(1, 5, 16), torch.randn(1, 9, 16)
