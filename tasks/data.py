@@ -14,6 +14,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from hgrn2.config import ConfigError, check
+from tasks.signals import outlive_signals
 
 
 class SampleKey(NamedTuple):
@@ -84,8 +85,8 @@ class TrainOrder:
 class EvalOrder:
     """Every sample once, ranks taking turns; the same number of batches on each, so that collectives match.
 
-    Ranks that run out get fillers (`valid` False) that no metric counts. With `mixed` the samples come in a fixed random
-    order, so that the first of them, which limit_val_batches keeps, are like the rest.
+    Ranks that run out get fillers (`valid` False) that no metric counts. With `mixed` the samples come in a fixed
+    random order, so that the first of them, which limit_val_batches keeps, are like the rest.
     """
 
     def __init__(self, size: int, batch_size: int, rank: int, world_size: int, mixed: bool = False):
@@ -115,6 +116,7 @@ class Loader:
             collate_fn=collate,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
+            worker_init_fn=outlive_signals,
             pin_memory=pin_memory,
             # its own generator: drawing the workers' base seed must not touch the global one
             generator=torch.Generator().manual_seed(0),

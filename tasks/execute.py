@@ -120,10 +120,11 @@ def _run(cli: TaskCLI) -> None:
         completed = trained(cli)  # all ranks leave together
         raise
     except RuntimeError as error:
-        # Where workers are not forked (macOS, Python 3.14), a signal to the whole group ends them and then us.
+        # On macOS a signal to the whole group ends the data workers (see outlive_signals), and their loss ends us.
         if cli.signals.received is None or "DataLoader worker" not in str(error):
             raise
         name = signal.Signals(cli.signals.received).name
+        tell(*where_next(cli))
         raise Leave(128 + cli.signals.received, f"{name}: stopped, a data worker had ended") from error
     except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
         # Before the first step these are Lightning's words for settings that don't go together.

@@ -43,7 +43,7 @@ class Signals:
 
     def _handle(self, signum: int, frame: Any) -> None:
         if os.getpid() != self._pid:
-            return  # a data worker, signalled with its group: the step in flight needs it; it ends with its parent
+            return  # a child forked from us, before it has handlers of its own
         if self.received is None:
             self.received, self._when = signum, time.monotonic()
             if not self.deferred:
@@ -66,3 +66,21 @@ class Signals:
             except subprocess.TimeoutExpired:
                 child.kill()
         self.children = []
+
+
+def outlive_signals(worker_id: int) -> None:
+    """For data workers (``worker_init_fn``): they end when their parent tells them to, or ends, and not before.
+
+    A signal to the whole group (Ctrl-C, ``timeout``, SLURM) must not take the data away from the step that the trainer
+    is about to finish.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -12,6 +12,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def _child(argv: list[str], cwd: str, out: str) -> None:
+    os.setsid()  # signals to its process group must not reach the tests
     os.chdir(cwd)
     with open(out, "w") as file:
         os.dup2(file.fileno(), 1)

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ class Recorder(Callback):
         at: micro-batch (from the run's start) or validation batch at which the signal is sent; -1: never
         where: in which hook
         send: the signal
+        group: whether the whole process group gets it, data workers too
         poison: micro-batch whose loss becomes NaN; -1: none
     """
 
@@ -28,12 +30,17 @@ class Recorder(Callback):
         where: Literal["start", "backward", "end", "val"] = "start",
         send: str = "SIGKILL",
         poison: int = -1,
+        group: bool = False,
     ) -> None:
+        self.group = group
         self.path, self.at, self.where, self.send, self.poison = path, at, where, send, poison
 
     def _signal(self, where: str, position: int) -> None:
         if where == self.where and position == self.at:
-            os.kill(os.getpid(), getattr(signal, self.send))
+            if self.group:  # sent by another process, as a shell or SLURM would
+                subprocess.run(["kill", f"-{self.send.removeprefix('SIG')}", "--", f"-{os.getpgrp()}"], check=False)
+            else:
+                os.kill(os.getpid(), getattr(signal, self.send))
 
     def _position(self, trainer) -> int:
         return trainer.fit_loop.epoch_loop.batch_progress.total.processed
