@@ -162,6 +162,10 @@ class TaskData(LightningDataModule):
         self.splits: dict[str, Samples] = {}
         self._resumed: dict | None = None
 
+    def __getstate__(self) -> dict:
+        """For workers that are not forked (macOS): `collate` goes to them with us, the trainer cannot."""
+        return {**self.__dict__, "trainer": None}
+
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         """Stack a batch of samples; override for ragged ones."""
         return {key: torch.as_tensor(np.stack([item[key] for item in items])) for key in items[0]}

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import pickle
 import subprocess
 import sys
 
@@ -363,6 +364,14 @@ def test_checkpoints_made_in_python_load_safely(tmp_path):
     again = VisionTask.load_from_checkpoint(tmp_path / "python.ckpt", weights_only=True)
     assert again.backbone_config == backbone
     assert all(torch.equal(value, task.state_dict()[key]) for key, value in again.state_dict().items())
+
+
+def test_data_goes_to_workers_that_are_not_forked():
+    from tasks.vision.data import VisionData
+
+    data = VisionData(batch_size=4)
+    data.trainer = lambda: None  # as little picklable as a Trainer
+    assert pickle.loads(pickle.dumps(data.collate)).__self__.trainer is None
 
 
 def test_from_any_folder(tmp_path):
