@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hgrn2.ops.chunked import chunked_scan
 from hgrn2.ops.gates import ACTIVATIONS, activate, forget_gate
+from hgrn2.ops.library import triton_scan, triton_supported
 from hgrn2.ops.reference import compute_dtype, recurrent_scan
 
 IMPLS = ("auto", "reference", "torch", "triton")
@@ -63,17 +64,21 @@ def hgrn2_scan(
     _check_inputs(q, f, v, lower_bound, q_act, v_act, ndim=4, legend="[B, T, H, K]")
     _check_choice("direction", direction, DIRECTIONS)
     _check_states(q, direction, initial_state, output_final_state, lengths, cu_seqlens)
-    name = _implementation(impl, q)
+    name = _implementation(impl, q, lower_bound, direction, q_act, v_act)
     options = dict(lengths=lengths, cu_seqlens=cu_seqlens, q_act=q_act, v_act=v_act)
     if name == "torch":
         o, final_state = chunked_scan(
             q, f, v, lower_bound, direction=direction, initial_state=initial_state, **options
         )  # fmt: skip
-    elif direction == "both":
-        o = sum(recurrent_scan(q, f, v, lower_bound, reverse=reverse, **options)[0] for reverse in (False, True))
+        return o, final_state if output_final_state else None
+    scan = recurrent_scan
+    if name == "triton":
+        scan, options = triton_scan, options | dict(output_final_state=output_final_state)
+    if direction == "both":
+        o = sum(scan(q, f, v, lower_bound, reverse=reverse, **options)[0] for reverse in (False, True))
         final_state = None
     else:
-        o, final_state = recurrent_scan(
+        o, final_state = scan(
             q, f, v, lower_bound, reverse=direction == "reverse", initial_state=initial_state, **options
         )  # fmt: skip
     return o, final_state if output_final_state else None
@@ -139,22 +144,30 @@ def hgrn2_step(
 
 
 def choose_impl(device: torch.device | str, head_dim: int) -> tuple[str, str]:
-    """What `impl="auto"` runs for tensors on `device`: ("triton" | "torch", the reason)."""
+    """What `impl="auto"` runs for tensors on `device`: ("triton" | "torch", the reason).
+
+    The Triton kernels also refuse fp64 and devices where they fail their self-test; the first call says so.
+    """
     device = torch.device(device)
     if device.type != "cuda":
         return "torch", f"{device.type} tensors run the chunked torch form"
-    return "torch", f"no Triton kernel for head dim {head_dim} yet"
+    reason = triton_supported(torch.empty(1, 1, 1, head_dim, dtype=torch.float32, device="meta"), device=device)
+    return ("triton", "fused kernels") if reason is None else ("torch", reason)
 
 
-def _implementation(impl: str, q: Tensor) -> str:
+def _implementation(impl: str, q: Tensor, lower_bound: Tensor | None, direction: str, q_act, v_act) -> str:
     """The implementation that runs for `impl`: "reference", "torch" or "triton"."""
     _check_choice("impl", impl, IMPLS)
-    if impl in ("reference", "torch"):
-        return impl
-    name, reason = choose_impl(q.device, q.shape[-1])
-    if impl == "triton" and name != "triton":
+    # on a CPU, Triton is its interpreter: for tests, by name only
+    if impl in ("reference", "torch") or (impl == "auto" and q.device.type != "cuda"):
+        return "torch" if impl == "auto" else impl
+    reason = None
+    for reverse in {"forward": (False,), "reverse": (True,), "both": (False, True)}[direction]:
+        call = dict(lower_bound=lower_bound is not None, reverse=reverse, q_act=q_act, v_act=v_act)
+        reason = reason or triton_supported(q, self_test=call)
+    if reason is not None and impl == "triton":
         raise ValueError(f"impl='triton' cannot run here: {reason}; use impl='auto' or 'torch'")
-    return name
+    return "triton" if reason is None else "torch"
 
 
 def _check_choice(key: str, value, valid: tuple) -> None:

@@ -32,7 +32,7 @@ def count_chunks(batch: int, time: int, dim: int, dtype: torch.dtype, documents:
 
 
 def chunk_table(cu_seqlens: Tensor, n_chunks: int, chunk: int, reverse: bool) -> Tensor:
-    """`[NC, 4]` int32: each chunk's document, first token, rows (0: unused) and flags (1 first, 2 last), on the device."""
+    """`[NC, 4]` int32, made on the device: document, first token, rows (0: unused) and flags (1 first, 2 last)."""
     start, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
     per_doc = (end - start + chunk - 1) // chunk
     until = per_doc.cumsum(0)
@@ -96,7 +96,7 @@ class Scan:
         return qx, kx, ex, total, safe
 
     def states(self, x, y, total, safe, enter, leave, *, backward: bool, act: int) -> Tensor:
-        """Chunk states `[NC, H, K, V]`, from `enter` to `leave` (`[N, H, K, V]` or None); splits long sequences if few."""
+        """Chunk states `[NC, H, K, V]`, from `enter` to `leave` (`[N, H, K, V]` or None); splits few long sequences."""
         tile = self.tiles.state
         shape = (self.heads, self.dim, self.dim)
         states = x.new_empty(self.n_chunks, *shape)
@@ -129,7 +129,7 @@ class Scan:
         return states
 
     def outputs(self, qx, kx, safe, states, do: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """o `[B, T, H, V]` from the states. With do and the states' gradient: dv, and do v^T below and on the diagonal."""
+        """o `[B, T, H, V]`. With do and the states' gradient: dv, and do v^T below and on the diagonal."""
         grad = do is not None
         tile = self.tiles.dv if grad else self.tiles.out
         q, f, v = self.q, self.f, self.v
@@ -199,7 +199,7 @@ def forward(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, reverse, o
 
 def backward(do, d_final, q, f, v, lower_bound, lengths, saved: Saved, reverse, q_act, v_act, lower_bound_grad,
              initial_rows: int | None):  # fmt: skip
-    """Gradients of q, f, v (contiguous), lower_bound and the initial state of `initial_rows` rows; None where not asked."""
+    """Gradients of q, f, v (contiguous), lower_bound and the initial state (`initial_rows`); None where not asked."""
     scan = Scan(q, f, v, lower_bound, lengths, saved.table, saved.states.shape[0], reverse, q_act, v_act)
     d_initial = None
     if initial_rows is not None:

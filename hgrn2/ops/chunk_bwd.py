@@ -1,15 +1,16 @@
 """The backward of the chunked scan in Triton: gradients of q and f of one chunk from the states on both of its sides.
 
-Shapes and the factors qx, kx and scale as in `chunk_common`. S is the state entering the chunk, dS the gradient of the one
-leaving it; dA = do v^T. In terms of the factors, "intra" over pairs i > j:
+Shapes and the factors qx, kx and scale as in `chunk_common`. S is the state entering the chunk, dS the gradient of the
+one leaving it; dA = do v^T. In terms of the factors, "intra" over pairs i > j:
 
     dqx = do S^T + dA kx (intra)                   dq = 2^G dqx + dA_ii k_i
     dkx = v (scale dS)^T + dA^T qx (intra)         dk = 2^-G dkx + dA_jj q_j       (2^R in the place of 2^-G where safe)
 
 The gradient of log lam_t gathers what crosses t: qx dqx through the state from tokens at or after t, kx dkx through the
 state from tokens before t, the state that crosses the whole chunk, and every intra pair i >= t > j. Sums that only add
-crossing terms lose nothing to cancellation; fast tiles take the last kind as a difference of qx dqx and kx dkx summed from
-the end, where pairs on one side of t cancel. The diagonal has no decay and is left out of both.
+crossing terms lose nothing to cancellation; fast tiles take the last kind as a difference of qx dqx and kx dkx summed
+from the end, where pairs on one side of t cancel: exactly so only if both are made of the same rounded factors. The
+diagonal has no decay and is left out of both.
 """
 
 import triton
@@ -39,10 +40,10 @@ def chunk_grad_kernel(
     SUM_SPLIT: tl.constexpr = 1 if PRECISION == "bf16" else SPLIT
     pid = tl.program_id(0)
     i_k = pid % (K // BK)
-    i_h = (pid // (K // BK)) % H
+    i_h = ((pid // (K // BK)) % H).to(tl.int64)
     c = pid // ((K // BK) * H)
     p_ch = c.to(tl.int64) * H + i_h
-    n, b, t0, rows, first, last = locate(c, table_ptr, T, NT, C, REVERSE, VARLEN)
+    n, b, t0, rows, _first, _last = locate(c, table_ptr, T, NT, C, REVERSE, VARLEN)
     if (rows <= 0) | ((tl.load(safe_ptr + p_ch) != 0) != SAFE):
         return
     t64 = t0.to(tl.int64)
@@ -91,7 +92,7 @@ def chunk_grad_kernel(
         b_q = to_accumulator(b_qt, eye)
         if Q_ACT != 0:
             b_q = tl.where(m_real[:, None], activate_tile(b_q, Q_ACT), 0.0)
-        sigma, minus, b_k, lam, b_g = gate_tile(b_f, gamma, HAS_LB)
+        _sigma, _minus, b_k, _lam, b_g = gate_tile(b_f, gamma, HAS_LB)
         b_cross = b_cross * fast_exp2(tl.load(total_ptr + p_ch * K + o_k))
         b_dq = b_dq * fast_exp2(masked_sum(earlier, b_g, b_g, SPLIT))
         b_dk = b_dk * fast_exp2(masked_sum(tl.trans(earlier), b_g, zero, SPLIT))
@@ -125,7 +126,7 @@ def chunk_grad_kernel(
     tl.store(dq_ptr + p_out, b_dq.to(dq_ptr.dtype.element_ty), mask=m_in[:, None])
     b_dg += b_cross[None, :]
     b_f = to_accumulator(b_fraw, eye)
-    sigma, minus, b_k, lam, b_g = gate_tile(b_f, gamma, HAS_LB)
+    sigma, minus, _k, lam, _g = gate_tile(b_f, gamma, HAS_LB)
     if HAS_LB:
         b_dg = b_dg * fast_reciprocal(tl.maximum(lam, 1e-37)) - b_dk
         if LB_GRAD:

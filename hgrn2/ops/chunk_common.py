@@ -2,18 +2,19 @@
 
 Shapes: B batch, T time, H heads, K = V head dim, N sequences, C tokens a chunk, NC chunks in all.
 
-Time is cut into chunks of C tokens. Within one, with g = log2 lam, let `G_i` be the sum of g from the chunk's start up to
-token i, `R_j` the sum after token j to the chunk's end, and total = G_j + R_j. The score of tokens i >= j is
+Time is cut into chunks of C tokens. Within one, with g = log2 lam, let `G_i` be the sum of g from the chunk's start up
+to token i, `R_j` the sum after token j to the chunk's end, and total = G_j + R_j. The score of tokens i >= j is
 `A_ij = sum_d q_id k_jd 2^(G_id - G_jd)`. Per chunk and head the data choose one of two ways to form it:
 
-- fast: every channel's total is above -`FAST_LIMIT` (log2). Then the factors `qx = q 2^G` and `kx = k 2^-G` are finite, and
-  their one product gives all scores.
+- fast: every channel's total is above -`FAST_LIMIT` (log2). Then the factors `qx = q 2^G` and `kx = k 2^-G` are finite,
+  and their one product gives all scores.
 - safe: pairs are grouped by halving. At level s, blocks of 2s tokens split in halves; i in the second half and j in the
-  first meet at the boundary b, `2^(G_i - G_b) 2^(G_b - G_j)`, where both exponents are sums of g, never positive: nothing
-  can overflow, and what underflows is negligible. log2 C levels and the diagonal cover each pair once. kx is `k 2^R` here.
+  first meet at the boundary b, `2^(G_i - G_b) 2^(G_b - G_j)`, where both exponents are sums of g, never positive:
+  nothing can overflow, and what underflows is negligible. log2 C levels and the diagonal cover each pair once. kx is
+  `k 2^R` here.
 
-The same factors serve the chunk's state, S_C = 2^total S_0 + scale kx^T v with scale = 2^total (fast) or 1 (safe). So they
-are formed once, by `chunk_factor_kernel`, and the later kernels are little but products. Buffers of factors are
+The same factors serve the chunk's state, S_C = 2^total S_0 + scale kx^T v with scale = 2^total (fast) or 1 (safe). So
+they are formed once, by `chunk_factor_kernel`, and the later kernels are little but products. Buffers of factors are
 `[NC, H, C, K]`, zero where a chunk has no token.
 
 Reverse scans run the same kernels with the token order flipped at loads and stores of tokens.
@@ -76,7 +77,7 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def load_mask(mask_ptr, index, C: tl.constexpr):
-    """Mask number `index` of `[n, C, C]` (see `tiles.sum_masks`): built in registers, it would cost more than its product."""
+    """Mask `index` of `[n, C, C]` (see `tiles.sum_masks`): built in registers, it would cost more than its product."""
     o_c = tl.arange(0, C)
     return tl.load(mask_ptr + index * (C * C) + o_c[:, None] * C + o_c[None, :])
 
@@ -85,8 +86,8 @@ def load_mask(mask_ptr, index, C: tl.constexpr):
 def to_accumulator(x, eye):
     """x `[C, K]` in fp32, laid out as the products' accumulators are.
 
-    Multiplying 16-bit tiles by the identity is exact and does this on the tensor cores, straight from shared memory. Left to
-    itself the compiler computes the gates once for every layout that a later product asks for.
+    Multiplying 16-bit tiles by the identity is exact and does this on the tensor cores, straight from shared memory.
+    Left to itself the compiler computes the gates once for every layout that a later product asks for.
     """
     if x.dtype == tl.float32:
         y = x
@@ -120,4 +121,4 @@ def meeting_pairs(shift, C: tl.constexpr, TRANSPOSE: tl.constexpr):
     half_i = i >> shift
     half_j = j >> shift
     same = (half_i >> 1) == (half_j >> 1)
-    return same & (((half_i - half_j) == (-1 if TRANSPOSE else 1)))
+    return same & ((half_i - half_j) == (-1 if TRANSPOSE else 1))

@@ -16,14 +16,14 @@ def chunk_factor_kernel(
     REVERSE: tl.constexpr, VARLEN: tl.constexpr, HAS_LEN: tl.constexpr, HAS_LB: tl.constexpr, Q_ACT: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of BH heads, BT tokens at a time: qx, kx, ex = 2^G, total `[NC, H, K]` and whether a head is safe `[NC, H]`."""
+    """One chunk of BH heads, BT tokens at a time: qx, kx, ex = 2^G, total `[NC, H, K]`, safe `[NC, H]` (0 or 1)."""
     n_h = (H + BH - 1) // BH
     i_b = tl.program_id(0) % n_h
     c = tl.program_id(0) // n_h
-    n, b, t0, rows, first, last = locate(c, table_ptr, T, NT, C, REVERSE, VARLEN)
+    n, b, t0, rows, _first, _last = locate(c, table_ptr, T, NT, C, REVERSE, VARLEN)
     length = tl.load(len_ptr + n) if HAS_LEN else t0 + C
     o_n = tl.arange(0, BH * K)
-    o_h = i_b * BH + o_n // K
+    o_h = (i_b * BH + o_n // K).to(tl.int64)
     o_k = o_n % K
     m_h = o_h < H
     o_c = tl.arange(0, BT)
@@ -41,7 +41,7 @@ def chunk_factor_kernel(
         # a padded token has k = 0 and lam = 1, which f = 100 gives
         b_f = tl.load(p_f + o_t[:, None] * f_stride_t, mask=m_real, other=100.0).to(tl.float32)
         b_q = tl.load(p_q + o_t[:, None] * q_stride_t, mask=m_real, other=0.0).to(tl.float32)
-        sigma, minus, b_k, lam, b_g = gate_tile(b_f, gamma, HAS_LB)
+        _sigma, _minus, b_k, _lam, b_g = gate_tile(b_f, gamma, HAS_LB)
         b_sum = b_total[None, :] + tl.cumsum(b_g, axis=0)
         b_total += tl.sum(b_g, axis=0)
         b_e = fast_exp2(b_sum)
@@ -73,9 +73,9 @@ def chunk_factor_kernel(
             t_next = -o_next if REVERSE else o_next
             m_next = ((o_next < rows) & (t0 + t_next < length))[:, None] & m_h[None, :]
             b_f = tl.load(p_f + o_t[:, None] * f_stride_t, mask=m_real, other=100.0).to(tl.float32)
-            sigma, minus, b_k, lam, b_g = gate_tile(b_f, gamma, HAS_LB)
+            _sigma, _minus, b_k, _lam, _g = gate_tile(b_f, gamma, HAS_LB)
             b_f = tl.load(p_f + t_next[:, None] * f_stride_t, mask=m_next, other=100.0).to(tl.float32)
-            sigma, minus, k_next, lam, b_g = gate_tile(b_f, gamma, HAS_LB)
+            _sigma, _minus, _k, _lam, b_g = gate_tile(b_f, gamma, HAS_LB)
             b_k = b_k * fast_exp2(b_total[None, :] + tl.cumsum(b_g, axis=0, reverse=True))
             b_total += tl.sum(b_g, axis=0)
             if PRECISION == "tf32":

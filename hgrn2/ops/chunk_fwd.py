@@ -2,8 +2,8 @@
 
 Shapes, the factors qx, kx and scale as in `chunk_common`. Per chunk, with S_0 entering it:
 
-    S_C = 2^total S_0 + scale kx^T v                        `chunk_state_kernel`: sequential, one tile of the state a program
-    o   = qx S_0 + mask(A) v,  A = qx kx^T or safe          `chunk_out_kernel`: all chunks in parallel
+    S_C = 2^total S_0 + scale kx^T v                  `chunk_state_kernel`: sequential, one tile of the state a program
+    o   = qx S_0 + mask(A) v,  A = qx kx^T or safe    `chunk_out_kernel`: all chunks in parallel
 
 The gradient dS of the state goes the same way backwards in time, dS_0 = 2^total dS_C + qx^T do, in the same kernel. The
 gradient of v is the second line once more, dv = kx (scale dS_C) + mask(A)^T do.
@@ -25,7 +25,7 @@ def chunk_state_kernel(
     BACKWARD: tl.constexpr, MODE: tl.constexpr, REVERSE: tl.constexpr, VARLEN: tl.constexpr, HAS_LEN: tl.constexpr,
     HAS_INIT: tl.constexpr, HAS_FINAL: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The state entering each chunk of a segment of L chunks; BACKWARD: scale times its gradient, as it leaves each chunk.
+    """The state entering each chunk of a segment of L chunks; BACKWARD: its gradient times scale, leaving each chunk.
 
     x_ptr: factors kx (BACKWARD: qx); y_ptr: v, which ACT is applied to (BACKWARD: do).
     MODE 0: a segment is one sequence. MODE 1: only the segment's own contribution and total decay, from a zero state.
@@ -36,7 +36,7 @@ def chunk_state_kernel(
     pid = tl.program_id(0)
     i_v = pid % n_v
     i_k = (pid // n_v) % n_k
-    i_h = (pid // (n_v * n_k)) % H
+    i_h = ((pid // (n_v * n_k)) % H).to(tl.int64)
     i_s = pid // (n_v * n_k * H)
     o_k = i_k * BK + tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
@@ -49,16 +49,15 @@ def chunk_state_kernel(
     b_s = tl.zeros([BK, BV], dtype=tl.float32)
     b_decay = tl.zeros([BK], dtype=tl.float32)
     carried = 1.0
-    if MODE == 0:
-        if HAS_INIT:
-            b_s = tl.load(init_ptr + p_seg)
+    if MODE == 0 and HAS_INIT:
+        b_s = tl.load(init_ptr + p_seg)
     if MODE == 2:
         b_s = tl.load(seg_ptr + p_seg)
     for step in tl.range(0, c_end - c_first, num_stages=STAGES):
         c = c_end - 1 - step if BACKWARD else c_first + step
         n, b, t0, rows, first, last = locate(c, table_ptr, T, NT, C, REVERSE, VARLEN)
         p_ch = c.to(tl.int64) * H + i_h
-        o_t, m_in, m_real = row_masks(t0, rows, n, len_ptr, C, REVERSE, HAS_LEN)
+        o_t, _m_in, m_real = row_masks(t0, rows, n, len_ptr, C, REVERSE, HAS_LEN)
         p_y = y_ptr + b * y_stride_b + t0.to(tl.int64) * y_stride_t + i_h * y_stride_h
         b_x = tl.load(x_ptr + p_ch * C * K + o_c[:, None] * K + o_k[None, :])
         b_y = tl.load(p_y + o_t[:, None] * y_stride_t + o_v[None, :], mask=m_real[:, None], other=0.0)
@@ -66,7 +65,7 @@ def chunk_state_kernel(
         safe = tl.load(safe_ptr + p_ch) != 0
         b_whole = fast_exp2(b_total)[:, None]
         b_scale = tl.where(safe, 1.0, b_whole)
-        if MODE != 0:
+        if MODE != 0:  # noqa: SIM102 (constants and data kept apart)
             if last if BACKWARD else first:
                 carried = 0.0
                 if HAS_INIT and MODE == 2:
@@ -85,7 +84,7 @@ def chunk_state_kernel(
             b_s = b_scale * product(tl.trans(b_x), b_y, b_s * tl.where(safe, b_whole, 1.0), PRECISION)
         if MODE == 1:
             b_decay += b_total
-        if MODE == 2 and HAS_FINAL:
+        if MODE == 2 and HAS_FINAL:  # noqa: SIM102
             if first if BACKWARD else last:
                 tl.store(final_ptr + (n.to(tl.int64) * H + i_h) * K * K + o_s, b_s)
     if MODE == 0 and HAS_FINAL:
@@ -101,7 +100,7 @@ def carry_kernel(seg_ptr, decay_ptr, H, N_SEG, K: tl.constexpr, BK: tl.constexpr
     """Turn each segment's own contribution `[N_SEG, H, K, V]` into the state carried into it, in place."""
     pid = tl.program_id(0)
     i_k = pid % (K // BK)
-    i_h = pid // (K // BK)
+    i_h = (pid // (K // BK)).to(tl.int64)
     o_k = i_k * BK + tl.arange(0, BK)
     o_s = o_k[:, None] * K + tl.arange(0, K)[None, :]
     b_s = tl.zeros([BK, K], dtype=tl.float32)
@@ -139,7 +138,7 @@ def safe_scores(
         b_q = to_accumulator(tl.load(p_q + o_k[None, :], mask=m_real[:, None], other=0.0), eye)
         if Q_ACT != 0:
             b_q = tl.where(m_real[:, None], activate_tile(b_q, Q_ACT), 0.0)
-        sigma, minus, b_k, lam, b_g = gate_tile(b_f, gamma, HAS_LB)
+        _sigma, _minus, b_k, _lam, b_g = gate_tile(b_f, gamma, HAS_LB)
         b_a += tl.where(i == j, tl.sum(b_q * b_k, axis=1)[:, None], 0.0)
         for shift in range(0, LOG_C):
             b_e = masked_sum(load_mask(mask_ptr, 3 + shift, C), b_g, tl.zeros([C, BK], dtype=tl.float32), SPLIT)
@@ -153,8 +152,8 @@ def safe_scores(
 
 @triton.jit(do_not_specialize=["T", "NT", "H"])
 def chunk_out_kernel(
-    qx_ptr, kx_ptr, q_ptr, f_ptr, v_ptr, y_ptr, lb_ptr, mask_ptr, safe_ptr, states_ptr, o_ptr, da_ptr, diag_ptr, table_ptr,
-    len_ptr,
+    qx_ptr, kx_ptr, q_ptr, f_ptr, v_ptr, y_ptr, lb_ptr, mask_ptr, safe_ptr, states_ptr, o_ptr, da_ptr, diag_ptr,
+    table_ptr, len_ptr,
     q_stride_b, q_stride_t, q_stride_h, f_stride_b, f_stride_t, f_stride_h, v_stride_b, v_stride_t, v_stride_h,
     y_stride_b, y_stride_t, y_stride_h,
     T, NT, H,
@@ -165,16 +164,16 @@ def chunk_out_kernel(
 ):  # fmt: skip
     """Outputs `[B, T, H, V]` (contiguous) of one chunk, head and tile of BV value channels; y is v.
 
-    SAFE: run only the safe chunks and heads, else only the others. GRAD: the gradient of v in the place of the output, y is
-    do, the states are their gradient; da_ptr `[NC, H, C, C]` and diag_ptr `[NC, H, C]` take the scores' gradient do v^T for
-    the gradient kernel, below the diagonal and on it.
+    SAFE: run only the safe chunks and heads, else only the others. GRAD: the gradient of v in the place of the output,
+    y is do, the states are their gradient; da_ptr `[NC, H, C, C]` and diag_ptr `[NC, H, C]` take the scores' gradient
+    do v^T for the gradient kernel, below the diagonal and on it.
     """
     pid = tl.program_id(0)
     i_v = pid % (K // BV)
-    i_h = (pid // (K // BV)) % H
+    i_h = ((pid // (K // BV)) % H).to(tl.int64)
     c = pid // ((K // BV) * H)
     p_ch = c.to(tl.int64) * H + i_h
-    n, b, t0, rows, first, last = locate(c, table_ptr, T, NT, C, REVERSE, VARLEN)
+    n, b, t0, rows, _first, _last = locate(c, table_ptr, T, NT, C, REVERSE, VARLEN)
     if (rows <= 0) | ((tl.load(safe_ptr + p_ch) != 0) != SAFE):
         return
     t64 = t0.to(tl.int64)
@@ -199,7 +198,9 @@ def chunk_out_kernel(
     if SAFE:
         p_q = q_ptr + b * q_stride_b + t64 * q_stride_t + i_h * q_stride_h + o_t[:, None] * q_stride_t
         p_f = f_ptr + b * f_stride_b + t64 * f_stride_t + i_h * f_stride_h + o_t[:, None] * f_stride_t
-        b_a = safe_scores(p_q, p_f, lb_ptr, mask_ptr, i_h, m_real, K, BK, C, LOG_C, HAS_LB, Q_ACT, GRAD, PRECISION, SPLIT)
+        b_a = safe_scores(
+            p_q, p_f, lb_ptr, mask_ptr, i_h, m_real, K, BK, C, LOG_C, HAS_LB, Q_ACT, GRAD, PRECISION, SPLIT
+        )
     b_a = tl.where((j >= i) if GRAD else (i >= j), b_a, 0.0)
     b_y = tl.load(p_y + o_v[None, :], mask=m_real[:, None], other=0.0)
     if V_ACT != 0 and not GRAD:
@@ -212,7 +213,7 @@ def chunk_out_kernel(
         b_o = tl.where(m_real[:, None], b_o, 0.0)
     p_o = o_ptr + ((b * T + t64) * H + i_h) * K + o_t[:, None] * (H * K) + o_v[None, :]
     tl.store(p_o, b_o.to(o_ptr.dtype.element_ty), mask=m_in[:, None])
-    if GRAD:
+    if GRAD:  # noqa: SIM102 (a constant: the other kernel has no da_ptr)
         if i_v == 0:
             b_da = tl.zeros([C, C], dtype=tl.float32)
             for v0 in range(0, K, BV):

@@ -124,8 +124,8 @@ if triton is not None:
     def gate_tile(f, gamma, HAS_LB: tl.constexpr):
         """`forget_gate` for a tile of fp32 logits: (sigmoid(f), sigmoid(-f), k, lam, log2 lam).
 
-        f is broadcast against gamma (`[1, K]`, ignored without HAS_LB). Near lam = 1, where the hardware logarithm is only
-        accurate to 2^-22 absolute, log2 lam is a polynomial (relative error under 3e-7).
+        f is broadcast against gamma (`[1, K]`, ignored without HAS_LB). Near lam = 1, where the hardware logarithm is
+        only accurate to 2^-22 absolute, log2 lam is a polynomial (relative error under 3e-7).
         """
         x = tl.maximum(f * 1.4426950408889634, -16384.0, propagate_nan=tl.PropagateNan.ALL)
         u = fast_exp2(-tl.abs(x))

@@ -35,28 +35,33 @@ class Tiles:
     grad: Kernel
 
 
-# bf16 inputs: bf16 products. Hopper's own products need 64 rows and 64 columns here: narrower ones raced on the device
-# (Triton 3.6), so small head dims take chunks of 32, which run the older ones.
+def _tiles(chunk: int, dim: int, state: tuple, out: tuple, dv: tuple, grad: tuple) -> Tiles:
+    factor = Kernel(max(128, dim), 4, max(128, dim) // 128, 2)
+    return Tiles(chunk, factor, Kernel(*state), Kernel(*out), Kernel(*dv), Kernel(*grad))
+
+
+# bf16 inputs: bf16 products. Hopper's own products (64 rows) raced on the device in tiles narrower than 64 columns
+# (Triton 3.6): small head dims take chunks of 32, which run the older ones.
 _BF16 = {
-    16: Tiles(32, Kernel(128, 4, 1, 2), Kernel(16, 16, 1, 2), Kernel(16, 16, 1), Kernel(16, 16, 1), Kernel(16, 16, 1)),
-    32: Tiles(32, Kernel(128, 4, 1, 2), Kernel(32, 32, 1, 2), Kernel(32, 32, 1), Kernel(32, 32, 1), Kernel(32, 32, 1)),
-    64: Tiles(64, Kernel(128, 4, 1, 2), Kernel(64, 64, 4, 2), Kernel(64, 64, 4), Kernel(64, 64, 4), Kernel(64, 64, 4)),
-    128: Tiles(64, Kernel(128, 4, 1, 2), Kernel(64, 128, 4, 3), Kernel(64, 128, 4, 2), Kernel(64, 128, 4, 2), Kernel(64, 64, 4, 2)),
-    256: Tiles(64, Kernel(256, 4, 2, 2), Kernel(64, 128, 4, 3), Kernel(64, 128, 4, 2), Kernel(64, 128, 4, 2), Kernel(64, 64, 4, 2)),
+    16: _tiles(32, 16, (16, 16, 1, 2), (16, 16, 1), (16, 16, 1), (16, 16, 1)),
+    32: _tiles(32, 32, (32, 32, 1, 2), (32, 32, 1), (32, 32, 1), (32, 32, 1)),
+    64: _tiles(64, 64, (64, 64, 4, 2), (64, 64, 4), (64, 64, 4), (64, 64, 4)),
+    128: _tiles(64, 128, (64, 128, 4, 3), (64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2)),
+    256: _tiles(64, 256, (64, 128, 4, 3), (64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2)),
 }
 # fp32 operands: three tf32 products for fp32 inputs, one for fp16 (whose range the factors would leave)
 _FP32 = {
-    16: Tiles(32, Kernel(128, 4, 1, 2), Kernel(16, 16, 4), Kernel(16, 16, 4), Kernel(16, 16, 4), Kernel(16, 16, 4)),
-    32: Tiles(32, Kernel(128, 4, 1, 2), Kernel(32, 32, 4), Kernel(32, 32, 4), Kernel(32, 32, 4), Kernel(32, 32, 4)),
-    64: Tiles(32, Kernel(128, 4, 1, 2), Kernel(32, 64, 4), Kernel(32, 64, 4), Kernel(32, 64, 4), Kernel(32, 32, 4)),
-    128: Tiles(32, Kernel(128, 4, 1, 2), Kernel(32, 64, 4), Kernel(32, 64, 4), Kernel(32, 64, 4), Kernel(32, 32, 4)),
-    256: Tiles(32, Kernel(256, 4, 2, 2), Kernel(32, 64, 4), Kernel(32, 64, 4), Kernel(32, 64, 4), Kernel(32, 32, 4)),
+    16: _tiles(32, 16, (16, 16, 4), (16, 16, 4), (16, 16, 4), (16, 16, 4)),
+    32: _tiles(32, 32, (32, 32, 4), (32, 32, 4), (32, 32, 4), (32, 32, 4)),
+    64: _tiles(32, 64, (32, 64, 4), (32, 64, 4), (32, 64, 4), (32, 32, 4)),
+    128: _tiles(32, 128, (32, 64, 4), (32, 64, 4), (32, 64, 4), (32, 32, 4)),
+    256: _tiles(32, 256, (32, 64, 4), (32, 64, 4), (32, 64, 4), (32, 32, 4)),
 }
 
 
 def tiles_for(head_dim: int, dtype: torch.dtype) -> Tiles:
     """The tiles of a head dim for inputs of a dtype."""
-    return (_BF16 if dtype == torch.bfloat16 else _FP32)[head_dim]
+    return (_BF16 if dtype == torch.bfloat16 else _FP32)[int(head_dim)]
 
 
 def arithmetic(dtype: torch.dtype) -> tuple[str, int]:
@@ -72,8 +77,8 @@ def arithmetic(dtype: torch.dtype) -> tuple[str, int]:
 def sum_masks(chunk: int, device: torch.device) -> torch.Tensor:
     """`[3 + 2 log2 C, C, C]` masks of 0 and 1 for sums over a chunk's tokens, rows by rows summed.
 
-    0: the token itself; 1: it and later ones; 2: earlier ones; then per halving level (smallest first) the tokens on the way
-    to the boundary (see `chunk_common`), and their transposes.
+    0: the token itself; 1: it and later ones; 2: earlier ones; then per halving level (smallest first) the tokens on
+    the way to the boundary (see `chunk_common`), and their transposes.
     """
     i, j = torch.arange(chunk)[:, None], torch.arange(chunk)[None, :]
     masks = [i == j, j >= i, j < i]

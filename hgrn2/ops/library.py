@@ -1,0 +1,215 @@
+"""The chunked Triton scan as a torch op: registration (shapes for tracing, autograd, clear errors) and its entry point.
+
+Autocast leaves the op alone: products run in the dtype of q, f and v, gates and states in fp32 whatever surrounds it.
+Shapes: B batch, T time, H heads, K = V head dim, N sequences (B, or documents with `cu_seqlens`).
+"""
+
+import functools
+import warnings
+
+import torch
+from torch import Tensor
+
+from hgrn2.ops import tiles
+from hgrn2.ops.gates import ACTIVATIONS, triton
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+_LIBRARY = torch.library.Library("hgrn2", "FRAGMENT")
+_LIBRARY.define(
+    "chunk_scan(Tensor q, Tensor f, Tensor v, Tensor? lower_bound, Tensor? initial_state, Tensor? lengths, "
+    "Tensor? cu_seqlens, bool reverse, bool output_final_state, int q_act, int v_act, float? fast_limit) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "chunk_scan_backward(Tensor do, Tensor? d_final, Tensor q, Tensor f, Tensor v, Tensor? lower_bound, "
+    "Tensor? lengths, Tensor qx, Tensor kx, Tensor ex, Tensor total, Tensor safe, Tensor states, Tensor table, "
+    "bool reverse, int q_act, int v_act, bool lower_bound_grad, int initial_rows) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x, copied only if its last dim is strided."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _int32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.int32)
+
+
+def _scan(
+    q, f, v, lower_bound, initial_state, lengths, cu_seqlens,
+    reverse, output_final_state, q_act, v_act, fast_limit,
+):  # fmt: skip
+    from hgrn2.ops import chunk  # needs Triton
+
+    o, final, saved = chunk.forward(
+        _rows(q), _rows(f), _rows(v), lower_bound, initial_state, _int32(lengths), cu_seqlens,
+        reverse, output_final_state, q_act, v_act, fast_limit,
+    )  # fmt: skip
+    final = q.new_empty(0, dtype=torch.float32) if final is None else final
+    table = q.new_empty((0, 4), dtype=torch.int32) if saved.table is None else saved.table
+    return o, final, saved.qx, saved.kx, saved.ex, saved.total, saved.safe, saved.states, table
+
+
+def _scan_fake(
+    q, f, v, lower_bound, initial_state, lengths, cu_seqlens,
+    reverse, output_final_state, q_act, v_act, fast_limit,
+):  # fmt: skip
+    from hgrn2.ops.chunk import count_chunks
+
+    batch, time, heads, dim = q.shape
+    documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    chunks = count_chunks(batch, time, dim, q.dtype, documents)
+    size, dtype = tiles.tiles_for(dim, q.dtype).chunk, tiles.product_dtype(q.dtype)
+    rows = batch if documents is None else documents
+    final = q.new_empty((rows, heads, dim, dim) if output_final_state else (0,), dtype=torch.float32)
+    factors = (q.new_empty((chunks, heads, size, dim), dtype=dtype) for _ in range(3))
+    total = q.new_empty((chunks, heads, dim), dtype=torch.float32)
+    safe = q.new_empty((chunks, heads), dtype=torch.int32)
+    states = q.new_empty((chunks, heads, dim, dim), dtype=dtype)
+    table = q.new_empty((0 if documents is None else chunks, 4), dtype=torch.int32)
+    return q.new_empty(q.shape), final, *factors, total, safe, states, table
+
+
+def _scan_backward(
+    do, d_final, q, f, v, lower_bound, lengths, qx, kx, ex, total, safe, states, table,
+    reverse, q_act, v_act, lower_bound_grad, initial_rows,
+):  # fmt: skip
+    from hgrn2.ops import chunk
+
+    saved = chunk.Saved(qx, kx, ex, total, safe, states, table if table.shape[0] else None)
+    d_final = None if d_final is None else d_final.contiguous()
+    dq, df, dv, d_bound, d_initial = chunk.backward(
+        _rows(do), d_final, _rows(q), _rows(f), _rows(v), lower_bound, _int32(lengths), saved, reverse, q_act, v_act,
+        lower_bound_grad, initial_rows if initial_rows >= 0 else None,
+    )  # fmt: skip
+    empty = functools.partial(q.new_empty, 0, dtype=torch.float32)
+    return dq, df, dv, empty() if d_bound is None else d_bound, empty() if d_initial is None else d_initial
+
+
+def _scan_backward_fake(
+    do, d_final, q, f, v, lower_bound, lengths, qx, kx, ex, total, safe, states, table,
+    reverse, q_act, v_act, lower_bound_grad, initial_rows,
+):  # fmt: skip
+    heads, dim = q.shape[2:]
+    d_bound = q.new_empty((heads, dim) if lower_bound_grad else (0,), dtype=torch.float32)
+    d_initial = q.new_empty((initial_rows, heads, dim, dim) if initial_rows >= 0 else (0,), dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), d_bound, d_initial
+
+
+def _save(ctx, inputs, output) -> None:
+    q, f, v, lower_bound, initial_state, lengths, _, reverse, ctx.has_final, q_act, v_act, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, f, v, lower_bound, lengths, *output[2:])
+    ctx.options = (reverse, q_act, v_act)
+    ctx.initial_rows = initial_state.shape[0] if initial_state is not None and ctx.needs_input_grad[4] else -1
+
+
+def _differentiate(ctx, do, d_final, *_):
+    q, f, v, lower_bound, lengths, *saved = ctx.saved_tensors
+    d_final = d_final if ctx.has_final else None  # else it belongs to an empty tensor
+    if do is None and d_final is None:
+        return (None,) * 12
+    if do is None:
+        do = torch.zeros_like(v)
+    bound_grad = lower_bound is not None and ctx.needs_input_grad[3]
+    dq, df, dv, d_bound, d_initial = torch.ops.hgrn2.chunk_scan_backward(
+        do, d_final, q, f, v, lower_bound, lengths, *saved, *ctx.options, bound_grad, ctx.initial_rows
+    )
+    d_bound = d_bound if bound_grad else None
+    d_initial = d_initial if ctx.initial_rows >= 0 else None
+    return dq, df, dv, d_bound, d_initial, *(None,) * 7
+
+
+def _no_second_derivative(*_):
+    raise NotImplementedError("hgrn2_scan has no second derivatives on Triton; impl='reference' has them")
+
+
+def _no_vmap(*_):
+    raise NotImplementedError("hgrn2_scan has no vmap rule: fold the mapped dimension into the batch instead")
+
+
+for _device in ("CUDA", "CPU"):  # CPU tensors run under TRITON_INTERPRET=1
+    _LIBRARY.impl("chunk_scan", _scan, _device)
+    _LIBRARY.impl("chunk_scan_backward", _scan_backward, _device)
+torch.library.register_fake("hgrn2::chunk_scan", _scan_fake, lib=_LIBRARY)
+torch.library.register_fake("hgrn2::chunk_scan_backward", _scan_backward_fake, lib=_LIBRARY)
+torch.library.register_autograd("hgrn2::chunk_scan", _differentiate, setup_context=_save, lib=_LIBRARY)
+torch.library.register_autograd("hgrn2::chunk_scan_backward", _no_second_derivative, lib=_LIBRARY)
+torch.library.register_vmap("hgrn2::chunk_scan", _no_vmap, lib=_LIBRARY)
+torch.library.register_vmap("hgrn2::chunk_scan_backward", _no_vmap, lib=_LIBRARY)
+
+
+def triton_supported(q: Tensor, device: torch.device | None = None, self_test: dict | None = None) -> str | None:
+    """Why the Triton scan cannot run for q `[B, T, H, K]` (on `device`, by default its own), or None.
+
+    self_test: lower_bound (bool), reverse, q_act and v_act of the call that comes; runs their self-test at first use.
+    """
+    device = q.device if device is None else device
+    if triton is None:
+        return "Triton is not installed"
+    if device.type != "cuda" and not (tiles.INTERPRET and device.type == "cpu"):
+        return f"Triton kernels need a CUDA device, not {device.type}"
+    if q.shape[-1] not in tiles.HEAD_DIMS:
+        return f"no chunked Triton kernel for head dim {q.shape[-1]}; there are {', '.join(map(str, tiles.HEAD_DIMS))}"
+    if q.dtype not in DTYPES:
+        return f"no Triton kernel for {q.dtype}"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None if device.type != "cuda" else "the kernels are for NVIDIA devices"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _checked(index, q.shape[-1], q.dtype, **(self_test or {}))
+
+
+@torch.compiler.assume_constant_result
+def _checked(index: int, dim: int, dtype: torch.dtype, **self_test) -> str | None:
+    return _checked_once(index, dim, dtype, **self_test)
+
+
+@functools.cache
+def _checked_once(index: int, dim: int, dtype: torch.dtype, **self_test) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    if capability < (8, 0):
+        return f"Triton kernels need compute capability 8.0, this device has {capability[0]}.{capability[1]}"
+    if not self_test:
+        return None
+    from hgrn2.ops.selftest import run_self_test
+
+    reason = run_self_test(index, dim, dtype, **self_test)
+    if reason is not None:
+        warnings.warn(f"hgrn2_scan falls back to the torch form: {reason}", RuntimeWarning, stacklevel=2)
+    return reason
+
+
+def triton_scan(
+    q: Tensor,
+    f: Tensor,
+    v: Tensor,
+    lower_bound: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = True,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    q_act: str | None = None,
+    v_act: str | None = None,
+    fast_limit: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """One direction of the scan on Triton, arguments as `hgrn2.ops.hgrn2_scan`; head dims 16 to 256.
+
+    fast_limit: where chunks switch to safe scores (see `chunk_common`), for tests; negative sends all there.
+
+    Returns:
+        o `[B, T, H, V]` in the dtype of q, and the final state `[N, H, K, V]` fp32, or None where not asked for.
+    """
+    if lower_bound is not None:
+        lower_bound = lower_bound.float().contiguous()
+    if initial_state is not None:
+        initial_state = initial_state.float().contiguous()
+    o, final, *_ = torch.ops.hgrn2.chunk_scan(
+        q, f, v, lower_bound, initial_state, lengths, cu_seqlens, reverse, output_final_state,
+        ACTIVATIONS.index(q_act), ACTIVATIONS.index(v_act), fast_limit,
+    )  # fmt: skip
+    return o, final if output_final_state else None
