@@ -134,7 +134,7 @@ class Task(LightningModule):
         values = {"loss": loss, **self.metrics[stage].compute(), **self.derived_metrics(loss)}
         for name, value in values.items():
             # each value is already the one of all ranks
-            self.log(f"{stage}/{name}", value.float(), prog_bar=name in ("loss", self.progress_metric))
+            self.log(f"{stage}/{name}", value.float(), prog_bar=name in ("loss", self.progress_metric), sync_dist=True)
         self.losses[stage].reset()
         self.metrics[stage].reset()
 

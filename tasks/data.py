@@ -14,7 +14,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from hgrn2.config import ConfigError, check
-from tasks.signals import outlive_signals
+from tasks.cli.signals import outlive_signals
 
 
 class SampleKey(NamedTuple):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tasks.execute", "recorder"])
+SERVER.set_forkserver_preload(["tasks.cli.execute", "recorder"])
 REPO = Path(__file__).resolve().parent.parent
 
 

@@ -12,9 +12,8 @@ import yaml
 from launch import REPO, launch
 
 from hgrn2.config import ConfigError
-from tasks import compose
-from tasks.arguments import read_request
-from tasks.cli import main
+from tasks.cli import compose, main
+from tasks.cli.arguments import read_request
 
 TINY = [
     "trainer.accelerator=cpu",

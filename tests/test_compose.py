@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from hgrn2.config import ConfigError
-from tasks import compose
+from tasks.cli import compose
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hgrn2.config import ConfigError
-from tasks import runs
+from tasks.cli import runs
 
 OLD, MIDDLE, NEW = "2026-01-01_00-00-00.000000", "2026-01-02_00-00-00.000000", "2026-01-02_00-00-00.000000-2"
 

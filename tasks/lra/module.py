@@ -48,7 +48,7 @@ class LRATask(ClassificationTask):
     def _finish(self, stage: str) -> None:
         super()._finish(stage)
         # what guessing the most frequent label would score, to read the accuracy against
-        self.log(f"{stage}/majority_acc", self.trainer.datamodule.majority(stage))
+        self.log(f"{stage}/majority_acc", self.trainer.datamodule.majority(stage), sync_dist=True)
 
     @torch.no_grad()
     def show_samples(self, writer, batch: dict[str, Tensor], step: int) -> None:

@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader
 
 from hgrn2.config import ConfigError
-from tasks.compose import at, flatten, nearest, shipped_tasks
+from tasks.cli.compose import at, flatten, nearest, shipped_tasks
 
 COMMANDS = ("fit", "validate", "test", "predict")
 ASSIGNMENT = re.compile(r"(?:--)?([A-Za-z_][\w.]*\+?)=(.*)", re.DOTALL)

@@ -14,8 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
 from hgrn2.config import ConfigError
-from tasks.checkpoints import Checkpoints
-from tasks.signals import Leave, Signals
+from tasks.cli.checkpoints import Checkpoints
+from tasks.cli.signals import Leave, Signals
 
 NEVER = 2**62  # larger than any step
 

@@ -8,9 +8,9 @@ import sys
 import time
 
 from hgrn2.config import ConfigError
-from tasks import compose
-from tasks.arguments import overview, read_request
-from tasks.signals import Leave, Signals
+from tasks.cli import compose
+from tasks.cli.arguments import overview, read_request
+from tasks.cli.signals import Leave, Signals
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,7 +38,7 @@ def _main(argv: list[str], signals: Signals) -> None:
         raise ConfigError(f"task=NAME is missing. Tasks: {', '.join(compose.shipped_tasks())} (--help says more)")
     compose.load_task(request.task)  # a mistake in the task's name is answered before the slow imports
 
-    from tasks.execute import execute  # lightning: seconds
+    from tasks.cli.execute import execute  # lightning: seconds
 
     execute(request, signals)
 

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from hgrn2.config import ConfigError
-from tasks.runs import write_atomically
+from tasks.cli.runs import write_atomically
 
 LOGGERS = ("tensorboard", "csv", "wandb", "none")
 

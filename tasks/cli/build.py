@@ -1,6 +1,5 @@
 """Builds what a command line asks for: its configuration, then model and data, then the run folder and the Trainer."""
 
-import importlib
 import json
 import os
 import sys
@@ -14,14 +13,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from hgrn2.config import ConfigError
-from tasks import TASKS, compose
-from tasks import arguments as args
+from tasks import TASKS
 from tasks.callbacks import CALLBACKS
-from tasks.checkpoints import Checkpoints
-from tasks.loggers import LOGGERS, make_loggers
-from tasks.reliability import Guard
-from tasks.runs import AtomicCheckpointIO, Choice, check_fits, choose, new_run, read_checkpoint
-from tasks.signals import Signals
+from tasks.cli import arguments as args
+from tasks.cli import compose
+from tasks.cli.checkpoints import Checkpoints
+from tasks.cli.loggers import LOGGERS, make_loggers
+from tasks.cli.reliability import Guard
+from tasks.cli.runs import AtomicCheckpointIO, Choice, check_fits, choose, new_run, read_checkpoint
+from tasks.cli.signals import Signals
 
 DECISION = "HGRN2_RUN"  # what rank 0 decided, for the children that Lightning's launcher starts
 OURS = ("ckpt_path", "run", "resume")  # settings of one command line, not of a configuration
@@ -32,7 +32,7 @@ class Done(Exception):
 
 
 class TaskCLI(LightningCLI):
-    """LightningCLI with our composition of files, run folders and checkpoints. It builds; tasks/execute.py runs."""
+    """LightningCLI with our composition of files, run folders and checkpoints. It builds; tasks/cli/execute.py runs."""
 
     def __init__(self, request: args.Request, signals: Signals) -> None:
         self.request, self.signals = request, signals
@@ -45,7 +45,7 @@ class TaskCLI(LightningCLI):
         self.folder: Path | None = None
         self.fresh = False
         self.start_step = 0
-        model_class, data_class = (_imported(it) for it in TASKS[domain])
+        model_class, data_class = TASKS[domain]
         super().__init__(
             model_class,
             data_class,
@@ -170,14 +170,6 @@ class TaskCLI(LightningCLI):
             self.folder = self.choice.run
         else:
             self.folder, self.fresh = new_run(self.root, self.task), True
-
-
-def _imported(it: Any) -> type:
-    """A class, or the class that ``module.Class`` names: one domain's imports need not wait for the others'."""
-    if not isinstance(it, str):
-        return it
-    module, _, name = it.rpartition(".")
-    return getattr(importlib.import_module(module), name)
 
 
 def _listed(value: Any) -> list[Any]:

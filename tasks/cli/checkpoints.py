@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from hgrn2.config import ConfigError
-from tasks.runs import link_atomically
+from tasks.cli.runs import link_atomically
 
 
 def settle(trainer: Trainer, loops: dict[str, Any], validated: bool) -> None:

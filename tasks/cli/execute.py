@@ -14,12 +14,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from hgrn2.config import ConfigError
-from tasks import compose
-from tasks.arguments import Request
-from tasks.build import DECISION, Done, TaskCLI
-from tasks.reliability import say
-from tasks.runs import discard, run_around, write_atomically
-from tasks.signals import Leave, Signals
+from tasks.cli import compose
+from tasks.cli.arguments import Request
+from tasks.cli.build import DECISION, Done, TaskCLI
+from tasks.cli.reliability import say
+from tasks.cli.runs import discard, run_around, write_atomically
+from tasks.cli.signals import Leave, Signals
 
 
 def run(cli: TaskCLI) -> None:
