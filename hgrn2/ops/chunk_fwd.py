@@ -68,7 +68,7 @@ def chunk_state_kernel(
         if MODE != 0:  # noqa: SIM102 (constants and data kept apart)
             if last if BACKWARD else first:
                 carried = 0.0
-                if HAS_INIT and MODE == 2:
+                if HAS_INIT:
                     b_s = tl.load(init_ptr + (n.to(tl.int64) * H + i_h) * K * K + o_s)
                 else:
                     b_s = tl.zeros([BK, BV], dtype=tl.float32)

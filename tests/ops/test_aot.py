@@ -1,0 +1,138 @@
+"""Every shipped tile compiles ahead of time, without a GPU, and fits each chip's shared memory; spills are recorded.
+
+HGRN2_AOT_REPORT=aot.json python -m pytest tests/ops/test_aot.py
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+# shared memory one program may have, in bytes
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+FP32 = {"total_ptr", "lb_ptr", "init_ptr", "final_ptr", "seg_ptr", "decay_ptr", "dlb_ptr", "diag_ptr"}
+INT32 = {"safe_ptr", "table_ptr", "len_ptr"}
+PRODUCT = {"qx_ptr", "kx_ptr", "ex_ptr", "x_ptr", "states_ptr", "dstates_ptr", "da_ptr"}
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def variants(dim: int, dtype: torch.dtype):
+    """(label, kernel, constants, absent arguments, warps) of all kernels of one row of the table of tiles."""
+    from hgrn2.ops import chunk_bwd, chunk_factors, chunk_fwd, tiles
+
+    cfg = tiles.tiles_for(dim, dtype)
+    precision, split = tiles.arithmetic(dtype)
+    common = dict(K=dim, C=cfg.chunk, REVERSE=False, VARLEN=False, HAS_LEN=False, PRECISION=precision)
+    acts = dict(HAS_LB=True, Q_ACT=1, V_ACT=1, SPLIT=split, LOG_C=cfg.chunk.bit_length() - 1)
+    absent = ["table_ptr", "len_ptr"]
+    t = cfg.factor
+    constants = dict(BH=max(1, t.bk // dim), BT=t.bv, HAS_LB=True, Q_ACT=1, STAGES=t.stages)
+    yield "factor", chunk_factors.chunk_factor_kernel, common | constants, absent, t.warps
+    t = cfg.state
+    for mode in (0, 2):
+        for backward in (False, True):
+            constants = dict(BK=t.bk, BV=t.bv, BACKWARD=backward, MODE=mode, HAS_INIT=True, HAS_FINAL=True, ACT=0)
+            gone = absent + (["seg_ptr", "decay_ptr"] if mode == 0 else ["decay_ptr"])
+            constants["STAGES"] = t.stages
+            yield f"state{mode}{backward:d}", chunk_fwd.chunk_state_kernel, common | constants, gone, t.warps
+    for safe in (False, True):
+        for grad, t in ((False, cfg.out), (True, cfg.dv)):
+            constants = acts | dict(BK=t.bk, BV=t.bv, SAFE=safe, GRAD=grad, STAGES=t.stages)
+            gone = absent + ([] if grad else ["da_ptr", "diag_ptr"])
+            yield f"out{safe:d}{grad:d}", chunk_fwd.chunk_out_kernel, common | constants, gone, t.warps
+        t = cfg.grad
+        constants = acts | dict(BK=t.bk, BV=t.bv, SAFE=safe, LB_GRAD=True, STAGES=t.stages)
+        yield f"grad{safe:d}", chunk_bwd.chunk_grad_kernel, common | constants, absent, t.warps
+
+
+def compile_for(capability: int, kernel, dtype: torch.dtype, constants: dict, absent: list, warps: int) -> dict:
+    """Shared memory and (where the tools can tell) registers and bytes of stack of one compiled kernel."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, values, attributes = {}, {}, {}
+    product = "bf16" if dtype == torch.bfloat16 else "fp32"
+    for i, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if name in constants or name in absent:
+            signature[name], values[(i,)] = "constexpr", constants.get(name)
+        elif name.endswith("_ptr"):
+            kind = "fp32" if name in FP32 else "i32" if name in INT32 else product if name in PRODUCT else NAMES[dtype]
+            signature[name] = "*" + ("bf16" if name == "mask_ptr" else kind)
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name == "fast_limit" else "i32"
+            if "stride" in name:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, values, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    row = {"shared": compiled.metadata.shared}
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if tool.exists():
+        path = Path(f"{os.environ['TRITON_CACHE_DIR']}/{os.getpid()}.cubin")
+        path.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=False).stdout
+        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        if found:
+            row |= {"registers": int(found[1]), "stack": int(found[2])}
+    return row
+
+
+def main(capability: int, rows: list[str]) -> None:
+    report = {}
+    for row in rows:
+        name, dim = row.split(":")
+        dtype = next(d for d, n in NAMES.items() if n == name)
+        for label, kernel, constants, absent, warps in variants(int(dim), dtype):
+            report[f"{row} {label}"] = compile_for(capability, kernel, dtype, constants, absent, warps)
+    print(json.dumps(report))
+
+
+def check(capability: int, rows: list[str], folder: Path) -> None:
+    # a process of its own: here Triton may be its interpreter
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder)}
+    command = [sys.executable, __file__, str(capability), *rows]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert len(report) == 11 * len(rows)
+    path = os.environ.get("HGRN2_AOT_REPORT")
+    if path:
+        known = json.loads(Path(path).read_text()) if Path(path).exists() else {}
+        known[str(capability)] = known.get(str(capability), {}) | report
+        Path(path).write_text(json.dumps(known, indent=1) + "\n")
+    too_large = {name: row["shared"] for name, row in report.items() if row["shared"] > SHARED[capability]}
+    assert not too_large
+
+
+# each row of the table once, each chip at least once; all rows on all chips under -m slow
+ROUND = {
+    80: ["bf16:16"],
+    86: ["bf16:128"],
+    89: ["fp32:32"],
+    90: ["bf16:64"],
+    100: ["bf16:256"],
+    120: ["bf16:32"],
+}
+
+
+@pytest.mark.parametrize("capability", ROUND)
+def test_tiles_compile_and_fit(capability, tmp_path):
+    check(capability, ROUND[capability], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED)
+def test_every_tile_on_every_chip(capability, tmp_path):
+    check(capability, [f"{name}:{dim}" for name in NAMES.values() for dim in (16, 32, 64, 128, 256)], tmp_path)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,212 @@
+"""The chunked Triton kernels on a real GPU: `pytest -m gpu`. Accuracy, dtypes, long sequences, and life with torch."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+from hgrn2.ops import hgrn2_scan
+from hgrn2.ops.reference import recurrent_scan
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+NAMES = ("q", "f", "v", "lower_bound", "initial_state")
+
+
+def draw(batch=1, time=150, heads=2, dim=64, dtype=BF16, mean=0.0, spread=1.0, rows=None):
+    q, v = torch.randn(2, batch, time, heads, dim, device="cuda").to(dtype)
+    f = (torch.randn(batch, time, heads, dim, device="cuda") * spread + mean).to(dtype)
+    state = torch.randn(rows or batch, heads, dim, dim, device="cuda")
+    return [q, f, v, 0.5 * torch.rand(heads, dim, device="cuda"), state]
+
+
+def plain_scan(q, f, v, lower_bound, *, initial_state):
+    """Plain torch in the test's dtype: the loop with q, k, v and o in it, gates and state in fp32."""
+    lam = lower_bound + (1 - lower_bound) * torch.sigmoid(f.float())
+    k = ((1 - lower_bound) * torch.sigmoid(-f.float())).to(f.dtype).float()
+    state, outputs = initial_state, []
+    for t in range(q.shape[1]):
+        state = lam[:, t, :, :, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :].float()
+        outputs.append((q[:, t, :, None, :].float() @ state).squeeze(-2))
+    return torch.stack(outputs, 1).to(q.dtype), state
+
+
+def run(scan, inputs, d_out, d_final, dtype, **options):
+    wide = torch.float64 if dtype == torch.float64 else FP32
+    leaves = [x.detach().to(dtype if i < 3 else wide).requires_grad_() for i, x in enumerate(inputs)]
+    o, final = scan(*leaves[:4], initial_state=leaves[4], **options)
+    torch.autograd.backward([o, final], [d_out.to(o.dtype), d_final.to(final.dtype)])
+    return {"o": o, "final_state": final} | {f"d {n}": x.grad for n, x in zip(NAMES, leaves, strict=True)}
+
+
+def triton_scan(*args, fast_limit=None, **options):
+    from hgrn2.ops.library import triton_scan
+
+    return triton_scan(*args, fast_limit=fast_limit, **options)
+
+
+def errors(got, want):
+    return {name: ((got[name].double() - x).norm() / x.norm()).item() for name, x in want.items()}
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("dim", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize(("mean", "limit"), [(0, None), (3, None), (-4, None), (-8, None), (0, -1.0)])
+def test_error_against_plain_torch(dtype, dim, mean, limit):
+    inputs = draw(batch=2, dim=dim, dtype=dtype, mean=mean)
+    d_out, d_final = torch.randn_like(inputs[0]), torch.randn_like(inputs[4])
+    truth = run(recurrent_scan, inputs, d_out, d_final, torch.float64)
+    ours = errors(run(triton_scan, inputs, d_out, d_final, dtype, fast_limit=limit), truth)
+    plain = errors(run(plain_scan, inputs, d_out, d_final, dtype), truth)
+    # plain torch forms the initial state's gradient in fp32; ours, like all else, from products of the inputs' dtype
+    plain["d initial_state"] = plain["d q"]
+    # three tf32 products and the hardware's exponential: 2.5 times the fp32 loop, not 2
+    factor = 2.6 if dtype == FP32 else 2.0
+    assert all(ours[n] <= factor * plain[n] for n in truth), {n: (ours[n], ours[n] / plain[n]) for n in truth}
+
+
+@pytest.mark.parametrize("time", [1, 2, 63, 64, 65, 1000, 16385])
+@pytest.mark.parametrize(("heads", "dim"), [(3, 128), (5, 32)])
+def test_lengths_of_time(time, heads, dim):
+    inputs = draw(time=time, heads=heads, dim=dim)
+    d_out, d_final = torch.randn_like(inputs[0]), torch.randn_like(inputs[4])
+    for direction in ("forward", "reverse"):
+        options = dict(direction=direction, output_final_state=True)
+        truth = run(hgrn2_scan, inputs, d_out, d_final, torch.float64, impl="torch", **options)
+        got = run(hgrn2_scan, inputs, d_out, d_final, BF16, impl="triton", **options)
+        assert all(e < 1e-2 for e in errors(got, truth).values()), errors(got, truth)
+
+
+@settings(max_examples=15)
+@given(st.lists(st.integers(0, 300), min_size=3, max_size=3), st.sampled_from(["forward", "reverse", "both"]))
+def test_lengths(lengths, direction):
+    q, f, v, gamma, _ = draw(batch=3, time=300)
+    lengths = torch.tensor(lengths, device="cuda")
+    padded = torch.arange(300, device="cuda") >= lengths[:, None]
+    leaves = [x.masked_fill(padded[:, :, None, None], math.nan).requires_grad_() for x in (q, f, v)]
+    d_out = torch.randn_like(q).masked_fill(padded[:, :, None, None], math.nan)
+    options = dict(direction=direction, lengths=lengths, q_act="silu", v_act="sigmoid")
+    o, _ = hgrn2_scan(*leaves, gamma, impl="triton", **options)
+    grads = torch.autograd.grad(o, leaves, d_out)
+    wide = [x.double().requires_grad_() for x in (q, f, v)]
+    want, _ = hgrn2_scan(*wide, gamma.double(), impl="torch", **options)
+    d_wide = d_out.nan_to_num(0).double()
+    for got, ref in zip((o, *grads), (want, *torch.autograd.grad(want, wide, d_wide)), strict=True):
+        assert not got[padded].any()
+        assert (got.double() - ref).norm() <= 1e-2 * ref.norm()
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("dim", [32, 128])
+def test_documents(dim, direction):
+    bounds = torch.tensor([0, 0, 1, 64, 65, 2000, 2000, 2063, 5000], device="cuda", dtype=torch.int32)
+    inputs = draw(time=5000, dim=dim, rows=8)
+    d_out, d_final = torch.randn_like(inputs[0]), torch.randn_like(inputs[4])
+    options = dict(direction=direction, cu_seqlens=bounds, output_final_state=True)
+    truth = run(hgrn2_scan, inputs, d_out, d_final, torch.float64, impl="torch", **options)
+    got = run(hgrn2_scan, inputs, d_out, d_final, BF16, impl="triton", **options)
+    assert all(e < 1e-2 for e in errors(got, truth).values()), errors(got, truth)
+
+
+def test_both_kinds_of_scores_run():
+    from hgrn2.ops import chunk
+
+    for mean, safe in ((-8.0, 1), (2.0, 0)):
+        q, f, v, gamma, _ = draw(time=256, mean=mean)
+        saved = chunk.forward(q, f, v, 0.01 * gamma, None, None, None, False, False, 0, 0)[2]
+        assert saved.safe.unique().tolist() == [safe]
+
+
+@pytest.mark.parametrize("bound", [None, 0.0, 1e-3])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_extreme_gates(bound, dtype):
+    extremes = torch.tensor([100.0, -100.0, 60.0, -60.0, math.inf, -math.inf, 15.0, -15.0], device="cuda")
+    q, f, v, _, _ = draw(time=200, dim=128, dtype=dtype)
+    f = extremes[torch.randint(0, 8, f.shape, device="cuda")].to(dtype)
+    leaves = [x.requires_grad_() for x in (q, f, v)]
+    if bound is not None:
+        leaves.append(torch.full((2, 128), bound, device="cuda", requires_grad=True))
+    o, _ = hgrn2_scan(*leaves, impl="triton")
+    assert all(x.isfinite().all() for x in (o, *torch.autograd.grad(o.sum(), leaves)))
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("dim", [32, 128])
+def test_bitwise_repeatable_on_poisoned_scratch(dim):
+    inputs = draw(batch=2, time=700, heads=4, dim=dim, mean=-1.5, spread=2.0)
+    d_out, d_final = torch.randn_like(inputs[0]), torch.randn_like(inputs[4])
+    first = run(triton_scan, inputs, d_out, d_final, BF16)
+    again = run(triton_scan, inputs, d_out, d_final, BF16)
+    assert all(x.isfinite().all() for x in first.values())
+    assert all(torch.equal(x, again[name]) for name, x in first.items())
+
+
+def test_views_of_a_packed_projection():
+    packed = torch.randn(2, 300, 3, 2, 128, device="cuda", dtype=BF16, requires_grad=True)
+    hgrn2_scan(*packed.unbind(2), impl="triton")[0].sum().backward()
+    copies = [x.detach().clone().requires_grad_() for x in packed.unbind(2)]
+    hgrn2_scan(*copies, impl="triton")[0].sum().backward()
+    assert torch.equal(packed.grad, torch.stack([x.grad for x in copies], dim=2))
+
+
+def test_compile_checkpoint_and_graphs():
+    q, f, v, gamma, _ = (x.requires_grad_() for x in draw(time=200))
+
+    def model(q, f, v):
+        return hgrn2_scan(q, f, v, gamma, q_act="silu")[0] * 2
+
+    want = torch.autograd.grad(model(q, f, v).float().square().sum(), [q, f, v])
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    again = checkpoint(model, q, f, v, use_reentrant=False)
+    for o in (compiled(q, f, v), again):
+        got = torch.autograd.grad(o.float().square().sum(), [q, f, v])
+        assert all(torch.allclose(a.float(), b.float(), rtol=2e-2, atol=1e-2) for a, b in zip(got, want, strict=True))
+    with torch.no_grad():
+        graph = torch.cuda.CUDAGraph()
+        static = [x.detach().clone() for x in (q, f, v)]
+        with torch.cuda.graph(graph):
+            o = model(*static)
+        for x in static:
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(o, model(*static))
+
+
+def test_nothing_recompiles_for_other_batches_and_lengths():
+    from hgrn2.ops import chunk_bwd, chunk_factors, chunk_fwd
+
+    kernels = (
+        chunk_factors.chunk_factor_kernel,
+        chunk_fwd.chunk_state_kernel,
+        chunk_fwd.chunk_out_kernel,
+        chunk_bwd.chunk_grad_kernel,
+    )
+
+    def call(batch, time):
+        q, f, v, gamma, _ = (x.requires_grad_() for x in draw(batch=batch, time=time, heads=64, dim=128))
+        hgrn2_scan(q, f, v, gamma, impl="triton")[0].sum().backward()
+        return [sum(len(caches[0]) for caches in kernel.device_caches.values()) for kernel in kernels]
+
+    first = call(2, 64)
+    assert all(call(*size) == first for size in ((1, 1), (3, 77), (2, 129), (1, 1024), (5, 2048)))
+
+
+@pytest.mark.slow
+def test_a_million_tokens():
+    """B1 H4 D128 T = 2^20 runs; one head against the chunked torch form in fp64, on a strided sample."""
+    inputs = draw(time=2**20, heads=4, dim=128, mean=2.0)
+    d_out = torch.randn_like(inputs[0])
+    leaves = [x.requires_grad_() for x in inputs[:4]]
+    o, _ = hgrn2_scan(*leaves, impl="triton")
+    got = [o, *torch.autograd.grad(o, leaves, d_out)]
+    one = [x[..., 1:2, :].detach().double().requires_grad_() for x in inputs[:4]]
+    want, _ = hgrn2_scan(*one, impl="torch")
+    want = [want, *torch.autograd.grad(want, one, d_out[:, :, 1:2].double())]
+    for a, b in zip(got[:4], want[:4], strict=True):
+        a, b = a[:, ::997, 1:2].double(), b[:, ::997]
+        assert (a - b).norm() <= 1e-2 * b.norm()
+    assert (got[4][1].double() - want[4][0]).norm() <= 2e-2 * want[4].norm()
