@@ -2,9 +2,9 @@
 
     python benchmarks/ops.py [--quick]
 
-A shape is timed only after its outputs and gradients agree with the fp64 torch form. fla gets its gates ready made, ours
-are computed inside and counted. Medians; ceilings are measured in the same run. Writes results/ops.json, ops.md and
-ops.png beside this file.
+A shape is timed only after its outputs and gradients agree with the fp64 torch form. fla gets its gates ready made,
+ours are computed inside and counted. Medians; ceilings are measured in the same run. Writes results/ops.json, ops.md
+and ops.png beside this file.
 """
 
 import argparse
