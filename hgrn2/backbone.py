@@ -64,10 +64,11 @@ class HGRN2Backbone(nn.Module):
             return [None] * self.config.depth
         with torch.autocast(self.lower_bounds.device.type, enabled=False):
             share = self.lower_bounds.to(torch.promote_types(self.lower_bounds.dtype, torch.float32)).softmax(0)
-            total = share.cumsum(0)
-            gamma = total - share if self.config.lower_bound == "exclusive" else total - share[:1]
+            # cumsum_k - P_0 and sum_{j<k} P_j for k >= 1, without a difference; rounding must not reach 1
+            terms = share[:-1] if self.config.lower_bound == "exclusive" else share[1:]
+            gamma = terms.cumsum(0).clamp(max=1 - 2**-24)
         gamma = gamma.unflatten(1, (self.config.heads, self.config.expand_ratio))
-        return [None, *gamma[1:].unbind(0)]
+        return [None, *gamma.unbind(0)]
 
     def forward(
         self,
@@ -119,11 +120,15 @@ class HGRN2Backbone(nn.Module):
         return torch.zeros(shape, dtype=dtype, device=weight.device)
 
     @torch.no_grad()
-    def step(self, x: Tensor, state: Tensor) -> Tensor:
-        """One token of decoding: `[B, D]` -> `[B, D]`; `state` `[L, B, H, K, V]` is updated in place."""
+    def step(self, x: Tensor, state: Tensor, gammas: list[Tensor | None] | None = None) -> Tensor:
+        """One token of decoding: `[B, D]` -> `[B, D]`; `state` `[L, B, H, K, V]` is updated in place.
+
+        `gammas`, from `self.gammas()`, spares computing them for every token.
+        """
         if self.config.scan != "causal":
             raise ValueError(f"step() decodes token by token and needs scan='causal', not {self.config.scan!r}")
-        for i, (block, gamma) in enumerate(zip(self.blocks, self.gammas(), strict=True)):
+        gammas = self.gammas() if gammas is None else gammas
+        for i, (block, gamma) in enumerate(zip(self.blocks, gammas, strict=True)):
             x = block.step(x, state[i], gamma)
         return apply_norm(self.norm, x, None)
 

@@ -37,7 +37,8 @@ class HGRN2Config:
         q_act: activation of the output gate q.
         v_act: activation of the input v.
         lower_bound: how the forget gates' lower bounds grow with depth from P = softmax over layers: cumsum
-            (`cumsum(P)_k - P_0`, LM), exclusive (`sum_{j<k} P_j`, ViT and LRA), or null for none.
+            (`cumsum(P)_k - P_0`, LM), exclusive (`sum_{j<k} P_j`, ViT and LRA), or null for none. It is 0 in the first
+            layer, and so with depth 1.
         bias: biases in the mixer's projections.
         norm: pre-norm of the residual blocks.
         mixer_norm: norm over the full width before the mixer's output projection.
@@ -72,11 +73,13 @@ class HGRN2Config:
 
     def __post_init__(self) -> None:
         problems = []
-        for key in ("dim", "depth"):
-            if getattr(self, key) < 1:
-                problems.append(f"{key}={getattr(self, key)} must be at least 1")
+        for key in ("dim", "depth", "expand_ratio"):
+            if not isinstance(getattr(self, key), int) or getattr(self, key) < 1:
+                problems.append(f"{key}={getattr(self, key)} must be a whole number of at least 1")
         e = self.expand_ratio
-        if not (1 <= e <= MAX_EXPAND_RATIO and e & (e - 1) == 0):
+        if problems:
+            pass  # no sense in dividing them
+        elif not (1 <= e <= MAX_EXPAND_RATIO and e & (e - 1) == 0):
             problems.append(f"expand_ratio={e} must be a power of two from 1 to {MAX_EXPAND_RATIO}")
         elif self.dim % e:
             problems.append(f"expand_ratio={e} must divide dim={self.dim}")
@@ -84,7 +87,7 @@ class HGRN2Config:
             value, valid = getattr(self, key), _CHOICES[key]
             if value not in valid:
                 problems.append(f"{key}={value!r} is unknown; valid: {', '.join(map(str, valid))}")
-        if self.norm_eps <= 0:
+        if not self.norm_eps > 0:
             problems.append(f"norm_eps={self.norm_eps} must be positive")
         for key in ("dropout", "drop_path"):
             if not 0 <= getattr(self, key) < 1:

@@ -5,10 +5,19 @@ Legend: B batch, T tokens, D width.
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from timm.layers import GluMlp
 from torch import Tensor, nn
 
 _GLU_ACTS = {None: nn.Identity, "silu": nn.SiLU, "sigmoid": nn.Sigmoid, "gelu": nn.GELU, "relu": nn.ReLU}
+
+
+class RMSNorm(nn.RMSNorm):
+    """`nn.RMSNorm` whose weight follows the input's dtype: under autocast a mixed pair misses the fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 class MaskedBatchNorm(nn.BatchNorm1d):
@@ -55,9 +64,10 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         with torch.no_grad():
             count = _sum_over_ranks(rows) if across_ranks else rows
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            momentum = self.momentum * (count > 0).to(self.running_mean.dtype)  # a batch of padding teaches nothing
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
             unbiased = var * (count / (count - 1).clamp(min=1))
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
         return mean, var
 
     @staticmethod
@@ -85,7 +95,7 @@ def make_norm(name: str | None, dim: int, eps: float) -> nn.Module:
     if name == "layernorm":
         return nn.LayerNorm(dim, eps=eps)
     if name in ("rmsnorm", "simple_rmsnorm"):
-        return nn.RMSNorm(dim, eps=eps, elementwise_affine=name == "rmsnorm")
+        return RMSNorm(dim, eps=eps, elementwise_affine=name == "rmsnorm")
     if name in ("batchnorm", "sync_batchnorm"):
         return MaskedBatchNorm(dim, eps, sync=name == "sync_batchnorm")
     raise ValueError(f"norm {name!r} is unknown")

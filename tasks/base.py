@@ -9,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from hgrn2 import HGRN2Config
 from hgrn2.config import check
+from hgrn2.ops import choose_impl
 from tasks.optim import OptimConfig, build_optimizer
 
 EVAL_STAGES = ("val", "test")
+IGNORED = -1  # the target of a sample that no metric counts
 
 
 def as_config(cls: type, value: Any) -> Any:
@@ -24,15 +26,38 @@ def as_config(cls: type, value: Any) -> Any:
     return cls(**value) if isinstance(value, dict) else value
 
 
+STEP_STREAM = 3  # keeps these seeds apart from those of the order (1) and the augmentation (2), see tasks/data.py
+
+
 def seed_step(seed: int, position: int, rank: int) -> None:
     """Seed torch, CUDA, numpy and python for one micro-batch: dropout is a function of where training stands.
 
     So a resumed or replayed step repeats its loss exactly, wherever its checkpoint was written.
     """
-    words = np.random.SeedSequence((seed, position, rank)).generate_state(2, np.uint64)
+    words = np.random.SeedSequence((seed, STEP_STREAM, position, rank)).generate_state(2, np.uint64)
     torch.manual_seed(int(words[0]) >> 1)
     np.random.seed(int(words[1]) & 0xFFFFFFFF)  # noqa: NPY002 - libraries draw from the global state
     random.seed(int(words[1]))
+
+
+class MeanLoss(Metric):
+    """A loss summed over targets, divided by their number, over all batches and ranks.
+
+    torchmetrics' MeanMetric leaves NaN batches out (a broken model would look good), or, told not to look for them,
+    the weights (1.9).
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, total: Tensor, count: Tensor) -> None:
+        self.total += total.detach()
+        self.count += count
+
+    def compute(self) -> Tensor:
+        return self.total / self.count
 
 
 class Task(LightningModule):
@@ -49,6 +74,7 @@ class Task(LightningModule):
 
     def __init__(self, backbone: HGRN2Config, optim: OptimConfig, seed: int, init_args: dict[str, Any]):
         super().__init__()
+        check([f"model.seed={seed} must not be negative"] * (seed < 0))
         self.backbone_config, self.optim_config, self.seed = backbone, optim, seed
         self._init_args = {
             "backbone": dataclasses.asdict(backbone),
@@ -57,9 +83,8 @@ class Task(LightningModule):
             **init_args,
         }
         self.model: nn.Module
-        self.losses = nn.ModuleDict({stage: MeanMetric() for stage in EVAL_STAGES})
+        self.losses = nn.ModuleDict({stage: MeanLoss() for stage in EVAL_STAGES})
         self.metrics = nn.ModuleDict({stage: MetricCollection(self.make_metrics()) for stage in EVAL_STAGES})
-        self._last_count = (0, 0)
 
     # -- what a task says about itself -------------------------------------------------------------------------------
 
@@ -72,7 +97,7 @@ class Task(LightningModule):
 
         Returns:
             `loss`: the scalar to train on; `sum` and `count`: the summed loss over the batch's valid targets and
-            their number, for evaluation; `preds` and `target`: of valid samples, for the metrics (optional).
+            their number, for evaluation; `preds` and `target`: for the metrics (optional), `IGNORED` where not valid.
         """
         raise NotImplementedError
 
@@ -83,6 +108,25 @@ class Task(LightningModule):
     def derived_metrics(self, loss: Tensor) -> dict[str, Tensor]:
         """Further scalars that follow from the mean evaluation loss."""
         return {}
+
+    # -- before anything runs ----------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Refuse a model that does not fit the data or the device, in words, before the first step does."""
+        needs = getattr(self.trainer.datamodule, "model_needs", dict)()
+        problems = [
+            f"model.{key}={self._init_args[key]} does not fit {source}, which needs {key}={need}"
+            for key, (need, source) in needs.items()
+            if self._init_args[key] != need and not (key == "vocab_size" and self._init_args[key] > need)
+        ]
+        device, config = self.trainer.strategy.root_device, self.backbone_config
+        if config.impl == "triton":
+            name, reason = choose_impl(device, config.expand_ratio)
+            if name != "triton":
+                problems.append(
+                    f"model.backbone.impl=triton cannot run with trainer.accelerator={device.type}: {reason}"
+                )
+        check(problems)
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -104,7 +148,8 @@ class Task(LightningModule):
         return {"acc": (out["preds"] == out["target"]).float().mean()}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        every = self.trainer.log_every_n_steps
+        if every and (self.global_step + 1) % every == 0:
             grads = [p.grad for p in self.parameters() if p.grad is not None]
             self.log("train/grad_norm", torch.nn.utils.get_total_norm(grads))
 
@@ -117,8 +162,7 @@ class Task(LightningModule):
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
         out = self.compute(batch)
-        mean = out["sum"] / out["count"].clamp(min=1)
-        self.losses[stage].update(mean.detach(), weight=out["count"])
+        self.losses[stage].update(out["sum"], out["count"])
         if len(self.metrics[stage]) and "preds" in out:
             self.metrics[stage].update(out["preds"], out["target"])
         return out
@@ -177,7 +221,7 @@ class ClassificationTask(Task):
         super().__init__(backbone, optim, seed, {**own, **init_args})
 
     def make_metrics(self) -> dict:
-        return {"acc": MulticlassAccuracy(self.num_classes, average="micro")}
+        return {"acc": MulticlassAccuracy(self.num_classes, average="micro", ignore_index=IGNORED, validate_args=False)}
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
         """`[B, num_classes]` of a batch."""
@@ -193,8 +237,8 @@ class ClassificationTask(Task):
         return {
             "sum": losses.sum(),
             "count": valid.sum(),
-            "preds": logits.argmax(-1)[valid],
-            "target": target[valid],
+            "preds": logits.argmax(-1),
+            "target": target.masked_fill(~valid, IGNORED),
         }
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:

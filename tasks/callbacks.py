@@ -30,6 +30,26 @@ def tensorboard_writer(trainer: Trainer):
     return None
 
 
+class Progress(RichProgressBar):
+    """Lightning's bar, which would wait for the device at every step to show the loss; this one at every refresh.
+
+    Args:
+        refresh_rate: steps between refreshes.
+        leave: keep the finished bars.
+    """
+
+    def __init__(self, refresh_rate: int = 10, leave: bool = False):
+        super().__init__(refresh_rate=refresh_rate, leave=leave)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.refresh_rate and ((batch_idx + 1) % self.refresh_rate == 0 or trainer.is_last_batch):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        epochs = self.trainer.max_epochs
+        return f"Epoch {current_epoch}" + (f"/{epochs - 1}" if epochs is not None and epochs > 0 else "")
+
+
 class Startup(Callback):
     """One line at the start of a run: device, precision, parameters, and the implementation of the scan."""
 
@@ -57,19 +77,22 @@ class ThroughputLogger(Callback):
     def __init__(self):
         self._samples = self._tokens = 0
         self._since: float | None = None
-        self._paused = 0.0
-        self._pause_began = 0.0
+        self._paused = self._pause_began = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: Task) -> None:
+        self._samples = self._tokens = 0
+        self._since = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
         now = time.perf_counter()
         if self._since is None:  # the first step warms up: it starts the clock and does not count
-            self._since = now
+            self._since, self._paused = now, 0.0
             return
         samples, tokens = pl_module.count(batch)
         self._samples += samples
         self._tokens += tokens
-        step = trainer.global_step
-        if step and step % trainer.log_every_n_steps == 0 and not trainer.fit_loop._should_accumulate():
+        step, every = trainer.global_step, trainer.log_every_n_steps
+        if every and step and step % every == 0 and not trainer.fit_loop._should_accumulate():
             elapsed = max(now - self._since - self._paused, 1e-9)
             scale = trainer.world_size / elapsed
             pl_module.log("train/samples_per_s", self._samples * scale)
@@ -160,7 +183,7 @@ class SampleViewer(Callback):
     ) -> None:
         if batch_idx == 0 and not trainer.sanity_checking:
             keep = batch["valid"].nonzero().flatten()[: self.count]
-            self._batch = {key: value[keep] for key, value in batch.items()}
+            self._batch = {key: value[keep] for key, value in batch.items() if isinstance(value, Tensor)}
 
     def on_validation_end(self, trainer: Trainer, pl_module: Task) -> None:
         writer = tensorboard_writer(trainer)
@@ -171,7 +194,7 @@ class SampleViewer(Callback):
 
 # the command line turns each into a group of options; trainer.callbacks adds to them
 CALLBACKS = {
-    "progress": RichProgressBar,
+    "progress": Progress,
     "lr_monitor": LearningRateMonitor,
     "startup": Startup,
     "throughput": ThroughputLogger,

@@ -5,6 +5,7 @@ global batches that the ranks divide among themselves. Where a run stands follow
 consumed, which Lightning's checkpoints hold; what was prefetched does not count.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -33,6 +34,13 @@ class Samples(Protocol):
     def get(self, index: int, rng: np.random.Generator | None) -> dict[str, Any]:
         """Sample `index`; rng seeds the augmentation of training samples and is None in evaluation."""
 
+    def content(self) -> list[np.ndarray]:
+        """The arrays that the samples are made of: a resumed run must find the same."""
+
+
+# keep the random streams of one seed apart
+ORDER, AUGMENTATION = 1, 2
+
 
 class KeyedDataset(Dataset):
     """Looks samples up by `SampleKey`; the augmentation's generator is seeded by (seed, epoch, index)."""
@@ -41,7 +49,7 @@ class KeyedDataset(Dataset):
         self.samples, self.seed, self.train = samples, seed, train
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        rng = np.random.default_rng((self.seed, key.epoch, key.index)) if self.train else None
+        rng = np.random.default_rng((self.seed, AUGMENTATION, key.epoch, key.index)) if self.train else None
         return {**self.samples.get(key.index, rng), "valid": key.valid}
 
     def __len__(self) -> int:
@@ -50,7 +58,7 @@ class KeyedDataset(Dataset):
 
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     """The permutation of `size` samples that epoch `epoch` visits."""
-    return np.random.default_rng((seed, epoch)).permutation(size)
+    return np.random.default_rng((seed, ORDER, epoch)).permutation(size)
 
 
 class TrainOrder:
@@ -161,6 +169,7 @@ class TaskData(LightningDataModule):
         self.num_workers, self.seed = num_workers, seed
         self.splits: dict[str, Samples] = {}
         self._resumed: dict | None = None
+        self._digest: str | None = None
 
     def __getstate__(self) -> dict:
         """For workers that are not forked (macOS): `collate` goes to them with us, the trainer cannot."""
@@ -172,7 +181,11 @@ class TaskData(LightningDataModule):
 
     def prepare_data(self) -> None:
         # read the data before any folder or logger exists, so that a wrong path leaves nothing behind
-        self.setup()
+        self.setup(self.trainer.state.fn if self.trainer else None)
+
+    def model_needs(self) -> dict[str, tuple[int, str]]:
+        """What the data asks of the model: argument -> (its value, the setting that asks for it)."""
+        return {}
 
     @property
     def _ranks(self) -> tuple[int, int]:
@@ -197,7 +210,7 @@ class TaskData(LightningDataModule):
                 f"data.batch_size={self.batch_size} is the batch over all devices and must be divisible by their "
                 f"number ({world_size}: trainer.devices x trainer.num_nodes)"
             )
-        self._check_resumed(size)
+        self._check_resumed()
         order = TrainOrder(size, self.batch_size, self.seed, rank, world_size, self.consumed_batches)
         return self._loader("train", order)
 
@@ -215,6 +228,8 @@ class TaskData(LightningDataModule):
         return self._eval_loader("test", mixed=False)
 
     def state_dict(self) -> dict:
+        if "train" not in self.splits:
+            return {}
         return {**self._signature(), "samples_consumed": self.consumed_batches() * self.batch_size}
 
     def load_state_dict(self, state: dict) -> None:
@@ -222,15 +237,26 @@ class TaskData(LightningDataModule):
 
     def _signature(self) -> dict:
         """What must stay the same for a resumed run to see the samples that the uninterrupted run would have seen."""
-        return {"batch_size": self.batch_size, "seed": self.seed, "train_samples": len(self.splits.get("train", ()))}
+        if self._digest is None:
+            digest = hashlib.sha256()
+            for array in self.splits["train"].content():
+                digest.update(np.ascontiguousarray(array))
+            self._digest = digest.hexdigest()[:16]
+        return {"batch_size": self.batch_size, "seed": self.seed, "training_data": self._digest}
 
-    def _check_resumed(self, size: int) -> None:
-        if self._resumed is None:
+    def _check_resumed(self) -> None:
+        if not self._resumed:
             return
-        now = {**self._signature(), "train_samples": size}
-        changed = [f"data.{k}={now[k]} (checkpoint: {self._resumed[k]})" for k in now if now[k] != self._resumed[k]]
-        if changed:
-            raise ConfigError(
-                f"cannot resume: {', '.join(changed)} would change the order of the training samples; "
-                "keep the checkpoint's value, or start a new run"
-            )
+        then, now = self._resumed, self._signature()
+        problems = [
+            f"data.{key}={now[key]} (checkpoint: {then[key]}) would change the order of the training samples"
+            for key in ("batch_size", "seed")
+            if now[key] != then[key]
+        ]
+        if now["training_data"] != then["training_data"]:
+            problems.append("the training data is not the checkpoint's (other files, or other data.* settings)")
+        consumed = self.consumed_batches() * self.batch_size
+        if self.trainer and not problems and consumed != then["samples_consumed"]:
+            problems.append(f"its loops stand at sample {consumed}, its data at {then['samples_consumed']}")
+        if problems:
+            raise ConfigError(f"cannot resume: {'; '.join(problems)}; put it back, or start a new run")

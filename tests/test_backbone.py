@@ -72,6 +72,21 @@ def test_lower_bound_forms_differ_after_training():
     torch.testing.assert_close(gammas["exclusive"], share.cumsum(0)[:-1])
 
 
+@pytest.mark.parametrize("form", ["cumsum", "exclusive"])
+def test_lower_bounds_stay_below_one(form):
+    """One layer takes nearly all of the softmax: rounding must not carry a sum past 1."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        backbone = HGRN2Backbone(tiny(depth=12, lower_bound=form))
+        with torch.no_grad():
+            backbone.lower_bounds.add_(torch.randn(12, 16))[0 if form == "exclusive" else 5] += 18
+        gammas = torch.stack(backbone.gammas()[1:])
+        assert gammas.min() >= 0
+        assert gammas.max() < 1
+        backbone(torch.randn(1, 6, 16)).square().sum().backward()
+        assert all(torch.isfinite(p.grad).all() for p in backbone.parameters())
+
+
 def test_initialisation_table():
     backbone = HGRN2Backbone(tiny())
     for module in backbone.modules():
@@ -161,7 +176,7 @@ def test_every_field_changes_the_model(field, value, more):
         ({"expand_ratio": 3}, "expand_ratio=3 must be a power of two"),
         ({"expand_ratio": 32}, "expand_ratio=32 must divide dim=16"),
         ({"expand_ratio": 512, "dim": 1024}, "expand_ratio=512 must be a power of two from 1 to 256"),
-        ({"dim": 0}, "dim=0 must be at least 1"),
+        ({"dim": 0}, "dim=0 must be a whole number of at least 1"),
         ({"norm": "groupnorm"}, "norm='groupnorm' is unknown; valid: layernorm"),
         ({"q_act": "relu"}, "q_act='relu' is unknown; valid: None, silu, sigmoid"),
         ({"glu_width": 0, "glu_act": None}, "glu_act=None has no effect with glu_width=0"),
@@ -252,6 +267,14 @@ def test_batch_norm_statistics_are_those_of_the_real_tokens():
     plain(real)
     torch.testing.assert_close(norm.running_mean, plain.running_mean)
     torch.testing.assert_close(norm.running_var, plain.running_var)
+
+
+@pytest.mark.filterwarnings("error")  # a norm that misses its fused kernel under autocast warns
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm", "simple_rmsnorm", "batchnorm"])
+def test_autocast_runs_every_norm(norm):
+    backbone = randomised(tiny(norm=norm, final_norm=norm, mixer_norm="rmsnorm"))
+    with torch.autocast("cpu", torch.bfloat16):
+        backbone(torch.randn(2, 6, 16)).float().square().sum().backward()
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -156,13 +156,38 @@ def test_known_expressions(text, value):
 
 def test_expressions_depend_on_their_number_alone():
     limits = dict(max_depth=3, max_args=4, lengths=(4, 20))
-    tokens, label = listops.draw_sample((1, 0, 7), **limits)
-    again, same = listops.draw_sample((1, 0, 7), **limits)
+    tokens, label = listops.draw_sample((1, 0, 7), drawn=set(), **limits)
+    again, same = listops.draw_sample((1, 0, 7), drawn=set(), **limits)
     assert np.array_equal(tokens, again)
     assert label == same
     assert tokens[-1] == listops.EOS
     assert 4 <= len(tokens) - 1 <= 20
-    assert not np.array_equal(tokens, listops.draw_sample((1, 0, 8), **limits)[0])
+    assert not np.array_equal(tokens, listops.draw_sample((1, 0, 8), drawn=set(), **limits)[0])
+    assert not np.array_equal(tokens, listops.draw_sample((1, 0, 7), drawn={tokens.tobytes()}, **limits)[0])
+
+
+def test_no_expression_is_in_two_splits():
+    data = LRAData(max_depth=2, min_length=4, max_length=7, train_size=1500, eval_size=300)
+    data.setup()
+    everything = [tokens.tobytes() for split in data.splits.values() for tokens in split.tokens]
+    assert len(everything) == len(set(everything)) == 2100
+
+
+def test_a_stage_draws_only_what_it_needs():
+    whole, part = LRAData(train_size=20, eval_size=10), LRAData(train_size=20, eval_size=10)
+    whole.setup()
+    part.setup("test")
+    assert part.splits.keys() == {"test"}
+    part.setup("fit")
+    for split in ("test", "val", "train"):
+        for a, b in zip(whole.splits[split].tokens, part.splits[split].tokens, strict=True):
+            assert np.array_equal(a, b)
+
+
+def test_lengths_that_hardly_occur_are_refused(monkeypatch):
+    monkeypatch.setattr(listops, "MAX_ATTEMPTS", 200)
+    with pytest.raises(ConfigError, match=r"no new expression in 200 draws with data.min_length=150"):
+        LRAData(train_size=1, eval_size=1, min_length=150, max_length=187).setup()
 
 
 def test_ragged_batches_are_padded_on_the_right():
@@ -203,6 +228,16 @@ def test_a_batch_larger_than_the_data_is_refused():
     data.setup()
     with pytest.raises(ConfigError, match=r"data.batch_size=9 exceeds the 8 training samples"):
         data.train_dataloader()
+
+
+def test_resuming_with_other_data_is_refused():
+    data = LRAData(train_size=20, eval_size=5, batch_size=4)
+    data.setup()
+    other = LRAData(train_size=20, eval_size=5, batch_size=4, max_args=4)
+    other.setup()
+    other.load_state_dict(data.state_dict())
+    with pytest.raises(ConfigError, match="the training data is not the checkpoint's"):
+        other.train_dataloader()
 
 
 def test_resuming_with_another_batch_is_refused():

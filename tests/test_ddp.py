@@ -52,9 +52,7 @@ def test_synchronised_batch_norm_is_batch_norm_of_all_ranks(tmp_path):
             torch.testing.assert_close(part["norm"][key], value)
 
 
-def test_two_ranks_evaluate_every_sample_once(tmp_path):
-    """The test split has 359 images: an odd number, and no multiple of the batch."""
-
+def test_two_ranks_train_and_evaluate_as_one(tmp_path):
     def run(*arguments: str) -> str:
         done = subprocess.run(
             [sys.executable, str(REPO / "train.py"), *arguments],
@@ -63,8 +61,17 @@ def test_two_ranks_evaluate_every_sample_once(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    tiny = ["task=vision", "model.backbone.depth=1", "trainer.accelerator=cpu", "data.eval_batch_size=50"]
-    run(*tiny, "trainer.max_steps=2", "model.optim.warmup_steps=0", "trainer.limit_val_batches=0")
+    # 180 samples a rank: the last batch of rank 1 is one filler
+    tiny = ["task=vision", "model.backbone.depth=1", "trainer.accelerator=cpu", "data.eval_batch_size=179"]
+    fit = ["trainer.max_steps=3", "model.optim.warmup_steps=0", "trainer.limit_val_batches=0"]
+    run(*tiny, *fit, "model.backbone.dropout=0", "trainer.devices=2", "trainer.strategy=ddp", "run_root=two")
+    run(*tiny, *fit, "model.backbone.dropout=0")
+    weights = [
+        torch.load(next(tmp_path.glob(f"{root}/vision/*/checkpoints/last.ckpt")), weights_only=True)["state_dict"]
+        for root in ("runs", "two")
+    ]
+    for name, value in weights[0].items():  # the same batches and the mean of the gradients: the same training
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-5)
     one, two = (
         dict(re.findall(r"(test/\w+)\s+│\s+([\d.]+)", run("test", *tiny, "ckpt_path=last", *more)))
         for more in ([], ["trainer.devices=2", "trainer.strategy=ddp"])

@@ -57,9 +57,9 @@ SHORT = {
         False,
     ),
     "lra": (
-        "trainer.max_steps=60 trainer.val_check_interval=30 data.train_size=4000 data.eval_size=250",
+        "trainer.max_steps=100 trainer.val_check_interval=50 data.train_size=6400 data.eval_size=500",
         "test/acc",
-        0.15,
+        0.2,
         True,
     ),
 }

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hgrn2 import HGRN2Config
+from hgrn2 import ConfigError, HGRN2Config
 from tasks.base import seed_step
 from tasks.callbacks import MemoryHorizon, SampleViewer, Startup, ThroughputLogger, describe
 from tasks.lm.data import LMData
@@ -94,6 +95,83 @@ def test_fast_dev_run(make, domain, tmp_path):
     results = quiet_trainer(tmp_path, fast_dev_run=True).test(task, data, verbose=False)[0]
     assert {"test/loss"} < results.keys()
     quiet_trainer(tmp_path, fast_dev_run=True).predict(task, data)
+
+
+@pytest.mark.parametrize(
+    ("domain", "key", "value"),
+    [
+        ("vision", "num_classes", 5), ("vision", "img_size", 16), ("vision", "in_chans", 3),
+        ("lra", "vocab_size", 5), ("lra", "num_classes", 9), ("lm", "vocab_size", 100),
+    ],
+)  # fmt: skip
+def test_a_model_that_does_not_fit_the_data_is_refused(make, domain, key, value, tmp_path):
+    task, data = make(domain)
+    misfit = type(task)(task.backbone_config, task.optim_config, **{key: value})
+    with pytest.raises(ConfigError, match=rf"model.{key}={value} does not fit .* needs {key}="):
+        quiet_trainer(tmp_path, fast_dev_run=True).fit(misfit, data)
+
+
+def test_triton_on_a_cpu_is_refused(make, tmp_path):
+    task, data = make("vision", backbone={"impl": "triton"})
+    with pytest.raises(ConfigError, match=r"model.backbone.impl=triton .* trainer.accelerator=cpu"):
+        quiet_trainer(tmp_path, fast_dev_run=True).fit(task, data)
+
+
+def test_bad_model_values_are_named(make):
+    with pytest.raises(ConfigError, match=r"model.seed=-1"):
+        make("vision", seed=0)[0].__class__(seed=-1)
+    with pytest.raises(ConfigError, match=r"model.temperature=-1"):
+        LMTask(temperature=-1)
+
+
+def test_a_nan_in_evaluation_shows(make, tmp_path):
+    task, data = make("vision", eval_batch_size=100)
+    compute = task.compute
+
+    def broken_on_the_last_batch(batch):
+        out = compute(batch)
+        return out | {"sum": out["sum"] * (math.nan if len(batch["label"]) < 100 else 1)}
+
+    task.compute = broken_on_the_last_batch
+    results = quiet_trainer(tmp_path).test(task, data, verbose=False)[0]
+    assert math.isnan(results["test/loss"])
+
+
+def test_logging_can_be_switched_off(make, tmp_path):
+    task, data = make("vision")
+    options = dict(max_steps=2, log_every_n_steps=0, limit_val_batches=0)
+    trainer = quiet_trainer(tmp_path, callbacks=[ThroughputLogger()], **options)
+    trainer.fit(task, data)
+    assert trainer.global_step == 2
+
+
+def test_throughput_leaves_validation_out(make, tmp_path):
+    """A slow sanity check and slow validations do not show in samples a second."""
+
+    class Slow(Callback):
+        def on_validation_batch_start(self, *args, **kwargs):
+            time.sleep(0.5)
+
+    class Rates(Callback):
+        values = []
+
+        def on_train_batch_end(self, trainer, *args):
+            self.values.append(trainer.callback_metrics.get("train/samples_per_s"))
+
+    task, data = make("vision")
+    rates = Rates()
+    start = time.perf_counter()
+    trainer = quiet_trainer(
+        tmp_path, max_steps=8, limit_val_batches=1, val_check_interval=2, check_val_every_n_epoch=None,
+        callbacks=[ThroughputLogger(), Slow(), rates],
+    )  # fmt: skip
+    trainer.fit(task, data)
+    training = time.perf_counter() - start - 5 * 0.5
+    rates = [float(rate) for rate in rates.values if rate is not None]
+    # no window is faster than the whole run's arithmetic allows by far, none as slow as a validation
+    assert rates
+    assert max(rates) < 100 * 8 * 32 / training
+    assert min(rates) > 32 / 0.5
 
 
 def expected_evaluation(task, data, split):

@@ -42,7 +42,8 @@ def hgrn2_scan(
     Args:
         q, f, v: output gate, raw forget logits and input, `[B, T, H, K]` of one dtype (fp32, bf16, fp16 or fp64), K a
             power of two from 1 to 256; strided views are accepted.
-        lower_bound: gamma `[H, K]` in [0, 1), or None for 0.
+        lower_bound: gamma `[H, K]` in [0, 1), or None for 0 (a tensor of exact zeros has an ill-conditioned gradient
+            where gates are shut).
         direction: "forward"; "reverse" (the recurrence runs from the last real token to token 0: `initial_state` enters
             at the last, the final state is the one after token 0); or "both", the sum of the two outputs.
         initial_state: `[B, H, K, V]`, or `[N, H, K, V]` with `cu_seqlens`; not with "both".
@@ -218,8 +219,19 @@ def _check_states(q, direction, initial_state, output_final_state, lengths, cu_s
                 f"cu_seqlens needs B = 1 and at least 2 entries, got B = {batch}, {cu_seqlens.numel()} entries"
             )
         rows = cu_seqlens.numel() - 1
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere a look would wait for the device
+        _check_values(q.shape[1], lengths, cu_seqlens)
     if initial_state is not None:
         _check_state("initial_state", initial_state, (rows, heads, dim, dim), None)
+
+
+def _check_values(time: int, lengths: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    if lengths is not None and (lengths.min() < 0 or lengths.max() > time):
+        raise ValueError(f"lengths must be from 0 to T = {time}, got {lengths.tolist()}")
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != time or bounds != sorted(bounds):
+            raise ValueError(f"cu_seqlens must rise from 0 to T = {time}, got {bounds}")
 
 
 def _check_state(name: str, state: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:

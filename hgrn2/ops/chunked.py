@@ -97,9 +97,10 @@ def _intra_backward(dscores: Tensor, q: Tensor, k: Tensor, factors: list, grads:
         m //= 2
 
 
-def _slabs(groups: int, size: int, dim: int) -> list[slice]:
-    """Slices of G chunks that fit in a core's cache: the levels make many passes over them."""
-    step = max(1, _SLAB_ELEMENTS // (size * dim))
+def _slabs(x: Tensor) -> list[slice]:
+    """Slices of the G chunks of x `[G, C, K]` that fit in a core's cache: the levels make many passes over them."""
+    groups, size, dim = x.shape
+    step = max(1, _SLAB_ELEMENTS // (size * dim)) if x.device.type == "cpu" else groups
     return [slice(i, min(i + step, groups)) for i in range(0, groups, step)]
 
 
@@ -116,7 +117,7 @@ class _ChunkedScan(torch.autograd.Function):
         o, q_dec = torch.empty_like(q_), torch.empty_like(q_)
         kv = q_.new_empty(len(q_), dim, dim)
         decay = q_.new_empty(len(q_), dim, 1)
-        for s in _slabs(*q_.shape):
+        for s in _slabs(q_):
             scores, prefix, suffix, _ = _intra_scores(q_[s], k_[s], g_[s])
             o[s] = scores @ v_[s]
             kv[s] = (k_[s] * suffix.exp_()).mT @ v_[s]
@@ -144,7 +145,7 @@ class _ChunkedScan(torch.autograd.Function):
         q_, k_, v_, g_, do_ = (x.reshape(-1, size, dim) for x in (q, k, v, g, do))
         dbefore = torch.empty_like(before)
         decay = q_.new_empty(len(q_), dim, 1)
-        for s in _slabs(*q_.shape):
+        for s in _slabs(q_):
             decay_q = g_[s].cumsum(1).exp_()
             decay[s] = decay_q[:, -1].unsqueeze(-1)
             dbefore.flatten(0, 1)[s] = decay_q.mul_(q_[s]).mT @ do_[s]
@@ -167,7 +168,7 @@ class _ChunkedScan(torch.autograd.Function):
 
         dq, dk, dv, dg = (torch.empty_like(x) for x in (q_, k_, v_, g_))
         before_, dstates_ = before.flatten(0, 1), dstates.flatten(0, 1)
-        for s in _slabs(*q_.shape):
+        for s in _slabs(q_):
             scores, prefix, suffix, factors = _intra_scores(q_[s], k_[s], g_[s])
             decay_q, decay_k = prefix.exp_(), suffix.exp_()
             k_dec = k_[s] * decay_k
@@ -199,7 +200,7 @@ def chunked_scan(
     q_act: str | None = None,
     v_act: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The scan in chunks; arguments as `hgrn2.ops.hgrn2_scan`.
+    """The scan in chunks; arguments as `hgrn2.ops.hgrn2_scan`. Compiled or exported code is specialised on T.
 
     Returns:
         o in the dtype of q, and the final state (None for both directions).

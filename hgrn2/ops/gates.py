@@ -16,8 +16,8 @@ from torch import Tensor
 
 ACTIVATIONS = (None, "silu", "sigmoid")
 
-# exp(80) is finite in fp32 with room for a factor: guards dg / lam where lam underflows (then dg is 0 as well)
-_MAX_NEG_LOG = 80.0
+# exp of these is finite with room for a factor: guards dg / lam where lam underflows (then dg is 0 as well)
+_MAX_NEG_LOG = {torch.float32: 80.0, torch.float64: 700.0}
 
 
 def activate(x: Tensor, name: str | None) -> Tensor:
@@ -57,7 +57,7 @@ class _ForgetGate(torch.autograd.Function):
         df = one_minus_sigma * (dg * r - (1 - gamma) * sigma * dk)
         dgamma = None
         if ctx.needs_input_grad[1]:
-            dg_over_lam = dg * torch.exp((-g).clamp(max=_MAX_NEG_LOG))
+            dg_over_lam = dg * torch.exp((-g).clamp(max=_MAX_NEG_LOG[g.dtype]))
             dgamma = ((dg_over_lam - dk) * one_minus_sigma).sum_to_size(gamma.shape)
         return df, dgamma
 

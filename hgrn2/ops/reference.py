@@ -51,6 +51,12 @@ def recurrent_scan(
     """
     if cu_seqlens is not None:
         return _documents(q, f, v, lower_bound, reverse, initial_state, cu_seqlens, q_act, v_act)
+    with torch.autocast(q.device.type, enabled=False):
+        return _row(q, f, v, lower_bound, reverse, initial_state, lengths, q_act, v_act)
+
+
+def _row(q, f, v, lower_bound, reverse, initial_state, lengths, q_act, v_act) -> tuple[Tensor, Tensor]:
+    """One document a row."""
     batch, time, heads, dim = q.shape
     dtype = compute_dtype(q)
     out_dtype = q.dtype

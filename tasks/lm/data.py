@@ -45,6 +45,9 @@ class Blocks:
     def __len__(self) -> int:
         return self.blocks
 
+    def content(self) -> list[np.ndarray]:
+        return [self.tokens, np.array(self.seq_len)]
+
     def get(self, index: int, rng: np.random.Generator | None) -> dict[str, Any]:
         begin = index * self.seq_len
         block = self.tokens[begin : begin + self.seq_len + 1].astype(np.int64)
@@ -78,6 +81,9 @@ class LMData(TaskData):
         if not self.root.is_dir():
             key = "data.source" if source is not None else "the standard library's folder"
             raise ConfigError(f"{key}={self.root} is no folder; data.source takes a folder of .py files")
+
+    def model_needs(self) -> dict[str, tuple[int, str]]:
+        return {"vocab_size": (256, "byte-level data")}
 
     def setup(self, stage: str | None = None) -> None:
         if self.splits:

@@ -36,15 +36,15 @@ class LanguageModel(nn.Module):
         return self.head(self.backbone(x, state=state))
 
     @torch.no_grad()
-    def step(self, tokens: Tensor, state: Tensor) -> Tensor:
-        """One token a row `[B]` -> logits `[B, vocab_size]`; `state` is updated in place."""
-        return self.head(self.backbone.step(self.embed(tokens) * self.scale, state))
+    def step(self, tokens: Tensor, state: Tensor, gammas: list | None = None) -> Tensor:
+        """One token a row `[B]` -> logits `[B, vocab_size]`; `state` is updated in place (`HGRN2Backbone.step`)."""
+        return self.head(self.backbone.step(self.embed(tokens) * self.scale, state, gammas))
 
     @torch.no_grad()
     def generate(self, prompt: Tensor, new_tokens: int, temperature: float, generator: torch.Generator) -> Tensor:
         """Continue prompts `[B, T]` (T >= 1) by sampling: `[B, T + new_tokens]`, in constant memory a token."""
         logits, state = self(prompt, return_state=True)
-        logits, tokens = logits[:, -1], [prompt]
+        logits, tokens, gammas = logits[:, -1], [prompt], self.backbone.gammas()
         for i in range(new_tokens):
             if temperature == 0:
                 token = logits.argmax(-1)
@@ -53,5 +53,5 @@ class LanguageModel(nn.Module):
                 token = torch.multinomial(probs, 1, generator=generator).squeeze(1).to(prompt.device)
             tokens.append(token[:, None])
             if i + 1 < new_tokens:
-                logits = self.step(token, state)
+                logits = self.step(token, state, gammas)
         return torch.cat(tokens, dim=1)

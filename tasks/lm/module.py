@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hgrn2 import HGRN2Config
+from hgrn2.config import check
 from tasks.base import Task, as_config
 from tasks.lm.model import LanguageModel
 from tasks.optim import OptimConfig
@@ -47,6 +48,8 @@ class LMTask(Task):
             "sample_tokens": sample_tokens,
             "temperature": temperature,
         }
+        least = {"vocab_size": 1, "sample_tokens": 0, "temperature": 0}
+        check([f"model.{k}={own[k]} must be at least {v}" for k, v in least.items() if not own[k] >= v])
         super().__init__(backbone, optim, seed, own)
         self.prompt, self.sample_tokens, self.temperature = prompt, sample_tokens, temperature
         self.model = LanguageModel(backbone, vocab_size, tie_embeddings)

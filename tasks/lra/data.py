@@ -9,18 +9,23 @@ from hgrn2 import ConfigError
 from tasks.data import TaskData
 from tasks.lra import listops
 
-SPLITS = ("train", "val", "test")
+# in the order they are drawn: an expression that a split holds is in no later one
+SPLITS = ("test", "val", "train")
+SPLITS_OF_STAGE = {"fit": 3, "validate": 2, "test": 1, "predict": 1}
 DATA_SEED = 2011_04006  # the data set is a constant, whatever the run's seed
 
 
 class ListOps:
     """One split of drawn expressions: `tokens` int64 `[length]` with `<eos>` last, and `label`."""
 
-    def __init__(self, split: str, size: int, max_depth: int, max_args: int, lengths: tuple[int, int]):
+    def __init__(self, split: str, size: int, drawn: set[bytes], limits: dict):
         stream = SPLITS.index(split)
-        drawn = [listops.draw_sample((DATA_SEED, stream, i), max_depth, max_args, lengths) for i in range(size)]
-        self.tokens = [tokens for tokens, _ in drawn]
-        self.labels = np.array([label for _, label in drawn])
+        samples = [listops.draw_sample((DATA_SEED, stream, i), drawn=drawn, **limits) for i in range(size)]
+        self.tokens = [tokens for tokens, _ in samples]
+        self.labels = np.array([label for _, label in samples])
+
+    def content(self) -> list[np.ndarray]:
+        return [*self.tokens, self.labels]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -73,27 +78,34 @@ class LRAData(TaskData):
                 f"data.min_length={min_length} cannot be reached with data.max_depth={max_depth} and "
                 f"data.max_args={max_args} (at most {longest} tokens)"
             )
-        self.train_size, self.eval_size = train_size, eval_size
+        self.task, self.train_size, self.eval_size = task, train_size, eval_size
         self.limits = {"max_depth": max_depth, "max_args": max_args, "lengths": (min_length, max_length)}
         self.vocabulary, self.pad = listops.VOCABULARY, listops.PAD
+        self._drawn: set[bytes] = set()
+
+    def model_needs(self) -> dict[str, tuple[int, str]]:
+        source = f"data.task={self.task}"
+        return {"num_classes": (listops.NUM_CLASSES, source), "vocab_size": (len(self.vocabulary), source)}
 
     def setup(self, stage: str | None = None) -> None:
-        if not self.splits:
-            sizes = (self.train_size, self.eval_size, self.eval_size)
-            self.splits = {split: ListOps(split, n, **self.limits) for split, n in zip(SPLITS, sizes, strict=True)}
+        sizes = {"test": self.eval_size, "val": self.eval_size, "train": self.train_size}
+        for split in SPLITS[: SPLITS_OF_STAGE.get(stage, len(SPLITS))]:
+            if split not in self.splits:
+                self.splits[split] = ListOps(split, sizes[split], self._drawn, self.limits)
 
     def majority(self, split: str) -> float:
         """Share of the split's most frequent label: what guessing it would score."""
         return float(np.bincount(self.splits[split].labels).max() / len(self.splits[split]))
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        real_tokens = sum(len(item["tokens"]) for item in items)  # on the host, for throughput
         lengths = torch.tensor([len(item["tokens"]) for item in items], dtype=torch.int32)
         tokens = torch.full((len(items), int(lengths.max())), self.pad)
         for row, item in zip(tokens, items, strict=True):
             row[: len(item["tokens"])] = torch.from_numpy(item["tokens"])
         label = torch.tensor([int(item["label"]) for item in items])
         valid = torch.tensor([item["valid"] for item in items])
-        return {"tokens": tokens, "lengths": lengths, "label": label, "valid": valid}
+        return {"tokens": tokens, "lengths": lengths, "label": label, "valid": valid, "real_tokens": real_tokens}
 
     def decode(self, tokens: np.ndarray) -> str:
         """An expression as text, without padding and `<eos>`."""

@@ -3,10 +3,12 @@
     tree := digit | operator tree tree ... "]"        operators: [MIN, [MAX, [MED (median), [SM (sum modulo 10)
 
 The root is a list; below it a node is a digit with probability 3/4 and at the maximal depth always. Expressions whose
-number of tokens is outside the range are drawn again. Sample i is a pure function of (seed, split, i).
+number of tokens is outside the range, or that exist already, are drawn again.
 """
 
 import numpy as np
+
+from hgrn2.config import ConfigError
 
 OPERATORS = {
     "[MIN": min,
@@ -19,6 +21,7 @@ VOCABULARY = ["<pad>", "<eos>", "]", *OPERATORS, *map(str, range(10))]
 PAD, EOS = 0, 1
 TOKEN_ID = {token: i for i, token in enumerate(VOCABULARY)}
 DIGIT_PROBABILITY = 0.75
+MAX_ATTEMPTS = 20_000
 
 
 def draw_expression(rng: np.random.Generator, max_depth: int, max_args: int) -> tuple[list[str], int]:
@@ -41,14 +44,24 @@ def draw_expression(rng: np.random.Generator, max_depth: int, max_args: int) -> 
 
 
 def draw_sample(
-    key: tuple[int, ...], max_depth: int, max_args: int, lengths: tuple[int, int]
+    key: tuple[int, ...], max_depth: int, max_args: int, lengths: tuple[int, int], drawn: set[bytes]
 ) -> tuple[np.ndarray, int]:
-    """Token ids (int64, `<eos>` last) and label of the first expression of stream `key` within the length range."""
+    """Token ids (int64, `<eos>` last) and label of the first expression of stream `key` that fits and is new.
+
+    `drawn` holds the expressions that exist already, and gets this one: no expression is in two places.
+    """
     rng = np.random.default_rng(key)
-    while True:
+    for _ in range(MAX_ATTEMPTS):
         tokens, value = draw_expression(rng, max_depth, max_args)
         if lengths[0] <= len(tokens) <= lengths[1]:
-            return np.array([TOKEN_ID[token] for token in tokens] + [EOS]), value
+            ids = np.array([TOKEN_ID[token] for token in tokens] + [EOS])
+            if ids.tobytes() not in drawn:
+                drawn.add(ids.tobytes())
+                return ids, value
+    raise ConfigError(
+        f"no new expression in {MAX_ATTEMPTS} draws with data.min_length={lengths[0]}, data.max_length={lengths[1]}, "
+        f"data.max_depth={max_depth}, data.max_args={max_args}; widen the lengths, or raise depth and arguments"
+    )
 
 
 def evaluate(tokens: list[str]) -> int:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hgrn2 import HGRN2Config
+from hgrn2.config import check
 from tasks.base import ClassificationTask, as_config
 from tasks.lra.model import SequenceClassifier
 from tasks.optim import OptimConfig
@@ -36,6 +37,10 @@ class LRATask(ClassificationTask):
     ):
         backbone, optim = as_config(HGRN2Config, backbone), as_config(OptimConfig, optim)
         own = {"vocab_size": vocab_size, "positions": positions}
+        check(
+            [f"model.vocab_size={vocab_size} must be at least 1"] * (vocab_size < 1)
+            + [f"model.positions={positions!r} is unknown; valid: sinusoid"] * (positions not in (None, "sinusoid"))
+        )
         super().__init__(backbone, optim, seed, num_classes, label_smoothing, own)
         self.model = SequenceClassifier(backbone, num_classes=num_classes, **own)
 
@@ -43,7 +48,7 @@ class LRATask(ClassificationTask):
         return self.model(batch["tokens"], batch["lengths"])
 
     def count(self, batch: dict[str, Tensor]) -> tuple[int, int]:
-        return batch["tokens"].shape[0], batch["tokens"].numel()
+        return batch["tokens"].shape[0], batch["real_tokens"]
 
     def _finish(self, stage: str) -> None:
         super()._finish(stage)

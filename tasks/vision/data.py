@@ -7,7 +7,7 @@ import numpy as np
 from hgrn2 import ConfigError
 from tasks.data import TaskData
 
-DIGITS_MEAN, DIGITS_STD, DIGITS_MAX = 4.884, 6.017, 16.0  # over all pixels, in the data set's units of 0 to 16
+DIGITS_MEAN, DIGITS_STD = 4.883, 6.017  # over the training split's pixels, which go from 0 to 16
 
 
 class Digits:
@@ -18,6 +18,9 @@ class Digits:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def content(self) -> list[np.ndarray]:
+        return [self.images, self.labels, np.array(self.shift)]
 
     def get(self, index: int, rng: np.random.Generator | None) -> dict[str, Any]:
         image = self.images[index]
@@ -50,6 +53,10 @@ class VisionData(TaskData):
             raise ConfigError(f"data.dataset={dataset!r} is unknown; valid: digits")
         self.dataset, self.augment = dataset, augment
         self.class_names = [str(i) for i in range(10)]
+
+    def model_needs(self) -> dict[str, tuple[int, str]]:
+        source = f"data.dataset={self.dataset}"
+        return {"num_classes": (10, source), "img_size": (8, source), "in_chans": (1, source)}
 
     def setup(self, stage: str | None = None) -> None:
         if self.splits:
