@@ -231,9 +231,11 @@ def main() -> None:
         result["shapes"][name] = row
         print(name, json.dumps(row), flush=True)
         torch.cuda.empty_cache()
+        (args.out / "ops.json").write_text(json.dumps(result, indent=1) + "\n")
     result["131072 tokens, H16 D128: fwd+bwd ms by T"] = {
         name: ours(*draw(batch, time, 16, 128, 0.0, 1.0, True))["fwd+bwd ms"] for name, (batch, time) in LENGTHS.items()
     }
+    (args.out / "ops.json").write_text(json.dumps(result, indent=1) + "\n")
     if not args.quick:
         result["layer"] = layer()
     (args.out / "ops.json").write_text(json.dumps(result, indent=1) + "\n")

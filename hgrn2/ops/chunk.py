@@ -11,6 +11,7 @@ from hgrn2.ops.chunk_bwd import chunk_grad_kernel
 from hgrn2.ops.chunk_common import FAST_LIMIT, FAST_LIMIT_FP32
 from hgrn2.ops.chunk_factors import chunk_factor_kernel
 from hgrn2.ops.chunk_fwd import carry_kernel, chunk_out_kernel, chunk_state_kernel
+from hgrn2.ops.launch import launch
 
 # sequences of fewer chunks are not worth splitting
 _MIN_SPLIT = 16
@@ -78,6 +79,10 @@ class Scan:
             K=self.dim, C=self.tiles.chunk, REVERSE=reverse, VARLEN=table is not None, HAS_LEN=lengths is not None,
             PRECISION=self.precision,
         )  # fmt: skip
+        self.scores = dict(
+            LOG_C=self.tiles.chunk.bit_length() - 1, HAS_LB=lower_bound is not None, Q_ACT=q_act, V_ACT=v_act,
+            SPLIT=self.split,
+        )  # fmt: skip
 
     def factors(self) -> tuple[Tensor, ...]:
         """qx, kx, ex `[NC, H, C, K]`, total `[NC, H, K]` and the safe flags `[NC, H]`."""
@@ -87,12 +92,19 @@ class Scan:
         total = q.new_empty(self.n_chunks, self.heads, self.dim, dtype=torch.float32)
         safe = q.new_empty(self.n_chunks, self.heads, dtype=torch.int32)
         band = max(1, tile.bk // self.dim)
-        chunk_factor_kernel[(self.n_chunks * _cdiv(self.heads, band),)](
-            q, f, self.lower_bound, qx, kx, ex, total, safe, self.table, self.lengths,
-            *q.stride()[:3], *f.stride()[:3], self.time, self.n_t, self.heads, self.fast_limit,
-            BH=band, BT=tile.bv, HAS_LB=self.lower_bound is not None, Q_ACT=self.q_act, STAGES=tile.stages,
-            num_warps=tile.warps, **self.layout,
+        args = (
+            q, f, self.lower_bound, qx, kx, ex, total, safe, self.table, self.lengths, *q.stride()[:3], *f.stride()[:3],
+            self.time, self.n_t, self.heads, self.fast_limit,
         )  # fmt: skip
+        constants = dict(
+            BH=band,
+            BT=tile.bv,
+            HAS_LB=self.lower_bound is not None,
+            Q_ACT=self.q_act,
+            STAGES=tile.stages,
+            **self.layout,
+        )
+        launch(chunk_factor_kernel, self.n_chunks * _cdiv(self.heads, band), args, constants, tile.warps)
         return qx, kx, ex, total, safe
 
     def states(self, x, y, total, safe, enter, leave, *, backward: bool, act: int) -> Tensor:
@@ -103,29 +115,36 @@ class Scan:
         blocks = self.heads * (self.dim // tile.bk) * (self.dim // tile.bv)
         multiprocessors = _multiprocessors(x.device)
 
-        def launch(mode: int, segments: int, length: int, seg: Tensor | None, decay: Tensor | None) -> None:
-            chunk_state_kernel[(segments * blocks,)](
+        constants = dict(
+            BK=tile.bk, BV=tile.bv, BACKWARD=backward, HAS_INIT=enter is not None, HAS_FINAL=leave is not None, ACT=act,
+            STAGES=tile.stages, **self.layout,
+        )  # fmt: skip
+
+        def run(mode: int, segments: int, length: int, seg: Tensor | None, decay: Tensor | None) -> None:
+            args = (
                 x, y, total, safe, enter, leave, states, seg, decay, self.table, self.lengths, *y.stride()[:3],
                 self.time, self.n_t, self.n_chunks, self.heads, length,
-                BK=tile.bk, BV=tile.bv, BACKWARD=backward, MODE=mode,
-                HAS_INIT=enter is not None, HAS_FINAL=leave is not None, ACT=act, STAGES=tile.stages,
-                num_warps=tile.warps, **self.layout,
             )  # fmt: skip
+            launch(chunk_state_kernel, segments * blocks, args, constants | dict(MODE=mode), tile.warps)
 
         if self.table is None and (2 * self.batch * blocks >= multiprocessors or self.n_t < _MIN_SPLIT):
-            launch(0, self.batch, self.n_t, None, None)
+            run(0, self.batch, self.n_t, None, None)
             return states
         length = max(_MIN_SPLIT // 2, _cdiv(self.n_chunks, max(1, 4 * multiprocessors // blocks)))
         segments = _cdiv(self.n_chunks, length)
         seg = x.new_zeros(segments, *shape, dtype=torch.float32)
         if segments > 1:
             decay = x.new_empty(segments, self.heads, self.dim, dtype=torch.float32)
-            launch(1, segments, length, seg, decay)
+            run(1, segments, length, seg, decay)
             rows = min(self.dim, max(1, 512 // self.dim))
-            carry_kernel[(self.heads * (self.dim // rows),)](
-                seg, decay, self.heads, segments, K=self.dim, BK=rows, BACKWARD=backward, num_warps=4
+            launch(
+                carry_kernel,
+                self.heads * (self.dim // rows),
+                (seg, decay, self.heads, segments),
+                dict(K=self.dim, BK=rows, BACKWARD=backward),
+                4,
             )
-        launch(2, segments, length, seg, None)
+        run(2, segments, length, seg, None)
         return states
 
     def outputs(self, qx, kx, safe, states, do: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -139,14 +158,14 @@ class Scan:
         if grad:
             shape = (self.n_chunks, self.heads, self.tiles.chunk, self.tiles.chunk)
             da, diag = qx.new_empty(shape), qx.new_empty(shape[:-1], dtype=torch.float32)
+        args = (
+            qx, kx, q, f, v, y, self.lower_bound, self.masks, safe, states, o, da, diag, self.table, self.lengths,
+            *q.stride()[:3], *f.stride()[:3], *v.stride()[:3], *y.stride()[:3], self.time, self.n_t, self.heads,
+        )  # fmt: skip
+        constants = dict(BK=tile.bk, BV=tile.bv, GRAD=grad, STAGES=tile.stages, **self.scores, **self.layout)
+        programs = self.n_chunks * self.heads * (self.dim // tile.bv)
         for run_safe in (False, True):
-            chunk_out_kernel[(self.n_chunks * self.heads * (self.dim // tile.bv),)](
-                qx, kx, q, f, v, y, self.lower_bound, self.masks, safe, states, o, da, diag, self.table, self.lengths,
-                *q.stride()[:3], *f.stride()[:3], *v.stride()[:3], *y.stride()[:3], self.time, self.n_t, self.heads,
-                BK=tile.bk, BV=tile.bv, LOG_C=self.tiles.chunk.bit_length() - 1, SAFE=run_safe, GRAD=grad,
-                HAS_LB=self.lower_bound is not None, Q_ACT=self.q_act, V_ACT=self.v_act, SPLIT=self.split,
-                STAGES=tile.stages, num_warps=tile.warps, **self.layout,
-            )  # fmt: skip
+            launch(chunk_out_kernel, programs, args, constants | dict(SAFE=run_safe), tile.warps)
         return o, da, diag
 
     def gate_gradients(self, saved: Saved, d_states: Tensor, da: Tensor, diag: Tensor, do: Tensor, bound: bool):
@@ -158,15 +177,15 @@ class Scan:
         if bound:  # chunks that stay unused write nothing
             make = q.new_empty if self.table is None else q.new_zeros
             d_bound = make(self.n_chunks, self.heads, self.dim, dtype=torch.float32)
+        args = (
+            saved.qx, saved.kx, saved.ex, q, f, v, do, self.lower_bound, self.masks, saved.total, saved.safe,
+            saved.states, d_states, da, diag, dq, df, d_bound, self.table, self.lengths,
+            *q.stride()[:3], *f.stride()[:3], *v.stride()[:3], *do.stride()[:3], self.time, self.n_t, self.heads,
+        )  # fmt: skip
+        constants = dict(BK=tile.bk, BV=tile.bv, LB_GRAD=bound, STAGES=tile.stages, **self.scores, **self.layout)
+        programs = self.n_chunks * self.heads * (self.dim // tile.bk)
         for run_safe in (False, True):
-            chunk_grad_kernel[(self.n_chunks * self.heads * (self.dim // tile.bk),)](
-                saved.qx, saved.kx, saved.ex, q, f, v, do, self.lower_bound, self.masks, saved.total, saved.safe,
-                saved.states, d_states, da, diag, dq, df, d_bound, self.table, self.lengths,
-                *q.stride()[:3], *f.stride()[:3], *v.stride()[:3], *do.stride()[:3], self.time, self.n_t, self.heads,
-                BK=tile.bk, BV=tile.bv, LOG_C=self.tiles.chunk.bit_length() - 1, SAFE=run_safe,
-                HAS_LB=self.lower_bound is not None, LB_GRAD=bound, Q_ACT=self.q_act, V_ACT=self.v_act,
-                SPLIT=self.split, STAGES=tile.stages, num_warps=tile.warps, **self.layout,
-            )  # fmt: skip
+            launch(chunk_grad_kernel, programs, args, constants | dict(SAFE=run_safe), tile.warps)
         return dq, df, None if d_bound is None else d_bound.sum(0)
 
 

@@ -16,7 +16,16 @@ diagonal has no decay and is left out of both.
 import triton
 import triton.language as tl
 
-from hgrn2.ops.chunk_common import load_mask, locate, masked_sum, meeting_pairs, product, row_masks, to_accumulator
+from hgrn2.ops.chunk_common import (
+    finite,
+    load_mask,
+    locate,
+    masked_sum,
+    meeting_pairs,
+    product,
+    row_masks,
+    to_accumulator,
+)
 from hgrn2.ops.gates import activate_grad_tile, activate_tile, fast_exp2, fast_reciprocal, gate_tile
 
 
@@ -57,7 +66,7 @@ def chunk_grad_kernel(
     p_q = q_ptr + b * q_stride_b + t64 * q_stride_t + i_h * q_stride_h + o_t[:, None] * q_stride_t + o_k[None, :]
     p_tile = p_ch * C * K + o_c[:, None] * K + o_k[None, :]
     # all loads come first, so that they overlap
-    b_fraw = tl.load(p_f, mask=m_real[:, None], other=100.0)
+    b_fraw = finite(tl.load(p_f, mask=m_real[:, None], other=100.0))
     b_da = tl.load(da_ptr + p_ch * C * C + o_c[:, None] * C + o_c[None, :])
     b_diag = tl.load(diag_ptr + p_ch * C + o_c)[:, None]
     gamma = tl.load(lb_ptr + i_h * K + o_k)[None, :] if HAS_LB else 0.0

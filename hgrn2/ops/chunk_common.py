@@ -83,6 +83,13 @@ def load_mask(mask_ptr, index, C: tl.constexpr):
 
 
 @triton.jit
+def finite(f):
+    """Logits in [-10000, 10000], NaN kept: a product with the identity would spread an infinity over its column."""
+    f = tl.maximum(f, -10000.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(f, 10000.0, propagate_nan=tl.PropagateNan.ALL).to(f.dtype)
+
+
+@triton.jit
 def to_accumulator(x, eye):
     """x `[C, K]` in fp32, laid out as the products' accumulators are.
 

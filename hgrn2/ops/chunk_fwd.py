@@ -12,7 +12,16 @@ gradient of v is the second line once more, dv = kx (scale dS_C) + mask(A)^T do.
 import triton
 import triton.language as tl
 
-from hgrn2.ops.chunk_common import load_mask, locate, masked_sum, meeting_pairs, product, row_masks, to_accumulator
+from hgrn2.ops.chunk_common import (
+    finite,
+    load_mask,
+    locate,
+    masked_sum,
+    meeting_pairs,
+    product,
+    row_masks,
+    to_accumulator,
+)
 from hgrn2.ops.gates import activate_grad_tile, activate_tile, fast_exp2, gate_tile
 
 
@@ -134,7 +143,7 @@ def safe_scores(
     for k0 in range(0, K, BK):
         o_k = k0 + tl.arange(0, BK)
         gamma = tl.load(lb_ptr + i_h * K + o_k)[None, :] if HAS_LB else 0.0
-        b_f = to_accumulator(tl.load(p_f + o_k[None, :], mask=m_real[:, None], other=100.0), eye)
+        b_f = to_accumulator(finite(tl.load(p_f + o_k[None, :], mask=m_real[:, None], other=100.0)), eye)
         b_q = to_accumulator(tl.load(p_q + o_k[None, :], mask=m_real[:, None], other=0.0), eye)
         if Q_ACT != 0:
             b_q = tl.where(m_real[:, None], activate_tile(b_q, Q_ACT), 0.0)

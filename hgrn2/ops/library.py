@@ -1,5 +1,7 @@
 """The chunked Triton scan as a torch op: registration (shapes for tracing, autograd, clear errors) and its entry point.
 
+Eager calls take a plain autograd function in place of the registered op: the same kernels, less work for the host.
+
 Autocast leaves the op alone: products run in the dtype of q, f and v, gates and states in fp32 whatever surrounds it.
 Shapes: B batch, T time, H heads, K = V head dim, N sequences (B, or documents with `cu_seqlens`).
 """
@@ -123,6 +125,65 @@ def _differentiate(ctx, do, d_final, *_):
     return dq, df, dv, d_bound, d_initial, *(None,) * 7
 
 
+class _Eager(torch.autograd.Function):
+    """The registered op's forward and backward, without the dispatcher."""
+
+    @staticmethod
+    def forward(
+        ctx, q, f, v, lower_bound, initial_state, lengths, cu_seqlens,
+        reverse, output_final_state, q_act, v_act, fast_limit,
+    ):  # fmt: skip
+        from hgrn2.ops import chunk
+
+        q, f, v, lengths = _rows(q), _rows(f), _rows(v), _int32(lengths)
+        o, final, saved = chunk.forward(
+            q, f, v, lower_bound, initial_state, lengths, cu_seqlens,
+            reverse, output_final_state, q_act, v_act, fast_limit,
+        )  # fmt: skip
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            q, f, v, lower_bound, lengths,
+            saved.qx, saved.kx, saved.ex, saved.total, saved.safe, saved.states, saved.table,
+        )  # fmt: skip
+        ctx.options = (reverse, q_act, v_act)
+        ctx.initial_rows = initial_state.shape[0] if ctx.needs_input_grad[4] else None
+        return o, final
+
+    @staticmethod
+    def backward(ctx, do, d_final):
+        from hgrn2.ops import chunk
+
+        if do is None and d_final is None:
+            return (None,) * 12
+        q, f, v, lower_bound, lengths, *saved = ctx.saved_tensors
+        do = torch.zeros_like(v) if do is None else _rows(do)
+        d_final = None if d_final is None else d_final.contiguous()
+        if torch.is_grad_enabled():  # create_graph: the op knows what to say if it comes to a second derivative
+            table = q.new_empty((0, 4), dtype=torch.int32) if saved[-1] is None else saved[-1]
+            rows = -1 if ctx.initial_rows is None else ctx.initial_rows
+            *grads, d_bound, d_initial = torch.ops.hgrn2.chunk_scan_backward(
+                do,
+                d_final,
+                q,
+                f,
+                v,
+                lower_bound,
+                lengths,
+                *saved[:-1],
+                table,
+                *ctx.options,
+                ctx.needs_input_grad[3],
+                rows,
+            )
+            grads += [d_bound if ctx.needs_input_grad[3] else None, d_initial if rows >= 0 else None]
+            return *grads, *(None,) * 7
+        grads = chunk.backward(
+            do, d_final, q, f, v, lower_bound, lengths, chunk.Saved(*saved),
+            *ctx.options, ctx.needs_input_grad[3], ctx.initial_rows,
+        )  # fmt: skip
+        return *grads, *(None,) * 7
+
+
 def _no_second_derivative(*_):
     raise NotImplementedError("hgrn2_scan has no second derivatives on Triton; impl='reference' has them")
 
@@ -152,14 +213,16 @@ def triton_supported(q: Tensor, device: torch.device | None = None, self_test: d
         return "Triton is not installed"
     if device.type != "cuda" and not (tiles.INTERPRET and device.type == "cpu"):
         return f"Triton kernels need a CUDA device, not {device.type}"
-    if q.shape[-1] not in tiles.HEAD_DIMS:
+    # a constant also where tracing has made the size symbolic
+    dim = next((size for size in tiles.HEAD_DIMS if q.shape[-1] == size), None)
+    if dim is None:
         return f"no chunked Triton kernel for head dim {q.shape[-1]}; there are {', '.join(map(str, tiles.HEAD_DIMS))}"
     if q.dtype not in DTYPES:
         return f"no Triton kernel for {q.dtype}"
     if device.type != "cuda" or torch.version.hip is not None:
         return None if device.type != "cuda" else "the kernels are for NVIDIA devices"
     index = torch.cuda.current_device() if device.index is None else device.index
-    return _checked(index, q.shape[-1], q.dtype, **(self_test or {}))
+    return _checked(index, dim, q.dtype, **(self_test or {}))
 
 
 @torch.compiler.assume_constant_result
@@ -208,7 +271,8 @@ def triton_scan(
         lower_bound = lower_bound.float().contiguous()
     if initial_state is not None:
         initial_state = initial_state.float().contiguous()
-    o, final, *_ = torch.ops.hgrn2.chunk_scan(
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    o, final, *_ = (torch.ops.hgrn2.chunk_scan if traced else _Eager.apply)(
         q, f, v, lower_bound, initial_state, lengths, cu_seqlens, reverse, output_final_state,
         ACTIVATIONS.index(q_act), ACTIVATIONS.index(v_act), fast_limit,
     )  # fmt: skip
