@@ -7,8 +7,8 @@ from j to i splits at the middle,
 
 so each level is one batched matrix product of factors whose exponents are <= 0 by construction: nothing overflows,
 no branch looks at the data, and log C levels cover all pairs i > j. The pair i = j has no decay. P and R are sums of
-numbers of one sign, built by merging halves: no difference of cumulative sums, hence no cancellation, for any decay
-down to -inf. Between chunks a K x V state is carried. Memory is linear in T.
+numbers of one sign, built by merging halves (as products of their exponentials): no difference of cumulative sums,
+hence no cancellation, for any decay down to -inf. Between chunks a K x V state is carried. Memory is linear in T.
 
 Legend: G = B * H * N chunks flattened, N chunks a row, C tokens a chunk, K key dim, V value dim; g = log lam.
 """
@@ -45,25 +45,29 @@ def _score_blocks(a: Tensor, m: int) -> Tensor:
 
 
 def _merge(prefix: Tensor, suffix: Tensor, m: int) -> None:
-    """Grow inclusive prefix sums P and exclusive suffix sums R of blocks of m to blocks of 2m, in place."""
+    """Grow inclusive prefix products exp(P) and exclusive suffix products exp(R) of blocks of m to 2m, in place."""
     p_first, p_second = _halves(prefix, m)
     r_first, _ = _halves(suffix, m)
-    r_first += p_second[:, :, -1:]
-    p_second += p_first[:, :, -1:]
+    r_first *= p_second[:, :, -1:]
+    p_second *= p_first[:, :, -1:]
 
 
-def _intra_scores(q: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, list]:
-    """Lower-triangular scores A `[G, C, C]`, whole-chunk P and R `[G, C, K]`, and the factors of every level."""
+def _intra_scores(q: Tensor, k: Tensor, g: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, list]:
+    """Scores A `[G, C, C]` (lower triangle), whole-chunk exp(P), exp(R) `[G, C, K]`; with `keep` each level's factors.
+
+    The decays are products of at most 1 + log2 C factors from 0 to 1: one exponential a token, and no overflow.
+    """
     groups, size, _ = q.shape
     scores = q.new_zeros(groups, size, size)
     scores.diagonal(dim1=1, dim2=2).copy_((q * k).sum(-1))
-    prefix, suffix = g.clone(), torch.zeros_like(g)
+    prefix, suffix = g.exp(), torch.ones_like(g)
     factors, m = [], 1
     while m < size:
-        decay_q, decay_k = _halves(prefix, m)[1].exp(), _halves(suffix, m)[0].exp()
+        decay_q, decay_k = _halves(prefix, m)[1], _halves(suffix, m)[0]
         q_dec, k_dec = _halves(q, m)[1] * decay_q, _halves(k, m)[0] * decay_k
         _score_blocks(scores, m).copy_(q_dec @ k_dec.mT)
-        factors.append((decay_q, decay_k, q_dec, k_dec))
+        if keep:
+            factors.append((decay_q.clone(), decay_k.clone(), q_dec, k_dec))
         _merge(prefix, suffix, m)
         m *= 2
     return scores, prefix, suffix, factors
@@ -115,24 +119,23 @@ class _ChunkedScan(torch.autograd.Function):
         rows, n_chunks, size, dim = q.shape
         q_, k_, v_, g_ = (x.reshape(-1, size, dim) for x in (q, k, v, g))
         o, q_dec = torch.empty_like(q_), torch.empty_like(q_)
-        kv = q_.new_empty(len(q_), dim, dim)
+        after = q_.new_empty(len(q_), dim, dim)  # first what each chunk adds to the state, then the state itself
         decay = q_.new_empty(len(q_), dim, 1)
         for s in _slabs(q_):
-            scores, prefix, suffix, _ = _intra_scores(q_[s], k_[s], g_[s])
-            o[s] = scores @ v_[s]
-            kv[s] = (k_[s] * suffix.exp_()).mT @ v_[s]
-            decay_q = prefix.exp_()
+            scores, decay_q, decay_k, _ = _intra_scores(q_[s], k_[s], g_[s], keep=False)
+            o[s].baddbmm_(scores, v_[s], beta=0)  # writes in place: no temporary to copy from
+            after[s].baddbmm_(decay_k.mul_(k_[s]).mT, v_[s], beta=0)
             decay[s] = decay_q[:, -1].unsqueeze(-1)
             q_dec[s] = decay_q.mul_(q_[s])
-        kv, decay = kv.unflatten(0, (rows, n_chunks)), decay.unflatten(0, (rows, n_chunks))
-        before, after = torch.empty_like(kv), torch.empty_like(kv)
+        after, decay = after.unflatten(0, (rows, n_chunks)), decay.unflatten(0, (rows, n_chunks))
         state = start[:, 0]
         for n in range(n_chunks):
             if n and first is not None:
                 state = torch.where(first[n], start[:, n], state)
-            before[:, n] = state
-            state = torch.addcmul(kv[:, n], decay[:, n], state)
-            after[:, n] = state
+            state = after[:, n].addcmul_(decay[:, n], state)
+        before = torch.cat([start[:, :1], after[:, :-1]], dim=1)
+        if first is not None:
+            before[:, 1:] = torch.where(first[1:, None, None], start[:, 1:], before[:, 1:])
         o.baddbmm_(q_dec, before.flatten(0, 1))
         ctx.save_for_backward(q, k, v, g, before, first)
         return o.view_as(q), after
@@ -169,8 +172,7 @@ class _ChunkedScan(torch.autograd.Function):
         dq, dk, dv, dg = (torch.empty_like(x) for x in (q_, k_, v_, g_))
         before_, dstates_ = before.flatten(0, 1), dstates.flatten(0, 1)
         for s in _slabs(q_):
-            scores, prefix, suffix, factors = _intra_scores(q_[s], k_[s], g_[s])
-            decay_q, decay_k = prefix.exp_(), suffix.exp_()
+            scores, decay_q, decay_k, factors = _intra_scores(q_[s], k_[s], g_[s], keep=True)
             k_dec = k_[s] * decay_k
             dv[s] = torch.baddbmm(k_dec @ dstates_[s], scores.mT, do_[s])
             dq[s] = (do_[s] @ before_[s].mT).mul_(decay_q)
