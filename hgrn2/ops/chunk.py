@@ -11,7 +11,7 @@ from hgrn2.ops.chunk_bwd import chunk_grad_kernel
 from hgrn2.ops.chunk_common import FAST_LIMIT, FAST_LIMIT_FP32
 from hgrn2.ops.chunk_factors import chunk_factor_kernel
 from hgrn2.ops.chunk_fwd import carry_kernel, chunk_out_kernel, chunk_state_kernel
-from hgrn2.ops.launch import launch
+from hgrn2.ops.launch import kinds, launch
 
 # sequences of fewer chunks are not worth splitting
 _MIN_SPLIT = 16
@@ -65,7 +65,7 @@ class Saved:
 class Scan:
     """One call of the scan: its tensors, sizes and the constants all its kernels share."""
 
-    def __init__(self, q, f, v, lower_bound, lengths, table, n_chunks, reverse, q_act, v_act, fast_limit=None):
+    def __init__(self, q, f, v, lower_bound, lengths, table, n_chunks, reverse, q_act, v_act, others, fast_limit=None):
         self.q, self.f, self.v, self.lower_bound, self.lengths, self.table = q, f, v, lower_bound, lengths, table
         self.batch, self.time, self.heads, self.dim = q.shape
         self.tiles = tiles.tiles_for(self.dim, q.dtype)
@@ -75,6 +75,7 @@ class Scan:
         self.fast_limit = default if fast_limit is None else fast_limit
         self.precision, self.split = tiles.arithmetic(q.dtype)
         self.masks = tiles.sum_masks(self.tiles.chunk, q.device)
+        self.key = kinds((q, f, v, lower_bound, lengths, *others))
         self.layout = dict(
             K=self.dim, C=self.tiles.chunk, REVERSE=reverse, VARLEN=table is not None, HAS_LEN=lengths is not None,
             PRECISION=self.precision,
@@ -104,7 +105,7 @@ class Scan:
             STAGES=tile.stages,
             **self.layout,
         )
-        launch(chunk_factor_kernel, self.n_chunks * _cdiv(self.heads, band), args, constants, tile.warps)
+        launch(chunk_factor_kernel, self.n_chunks * _cdiv(self.heads, band), args, constants, tile.warps, self.key)
         return qx, kx, ex, total, safe
 
     def states(self, x, y, total, safe, enter, leave, *, backward: bool, act: int) -> Tensor:
@@ -125,7 +126,7 @@ class Scan:
                 x, y, total, safe, enter, leave, states, seg, decay, self.table, self.lengths, *y.stride()[:3],
                 self.time, self.n_t, self.n_chunks, self.heads, length,
             )  # fmt: skip
-            launch(chunk_state_kernel, segments * blocks, args, constants | dict(MODE=mode), tile.warps)
+            launch(chunk_state_kernel, segments * blocks, args, constants | dict(MODE=mode), tile.warps, self.key)
 
         if self.table is None and (2 * self.batch * blocks >= multiprocessors or self.n_t < _MIN_SPLIT):
             run(0, self.batch, self.n_t, None, None)
@@ -143,6 +144,7 @@ class Scan:
                 (seg, decay, self.heads, segments),
                 dict(K=self.dim, BK=rows, BACKWARD=backward),
                 4,
+                self.key,
             )
         run(2, segments, length, seg, None)
         return states
@@ -165,7 +167,7 @@ class Scan:
         constants = dict(BK=tile.bk, BV=tile.bv, GRAD=grad, STAGES=tile.stages, **self.scores, **self.layout)
         programs = self.n_chunks * self.heads * (self.dim // tile.bv)
         for run_safe in (False, True):
-            launch(chunk_out_kernel, programs, args, constants | dict(SAFE=run_safe), tile.warps)
+            launch(chunk_out_kernel, programs, args, constants | dict(SAFE=run_safe), tile.warps, self.key)
         return o, da, diag
 
     def gate_gradients(self, saved: Saved, d_states: Tensor, da: Tensor, diag: Tensor, do: Tensor, bound: bool):
@@ -185,7 +187,7 @@ class Scan:
         constants = dict(BK=tile.bk, BV=tile.bv, LB_GRAD=bound, STAGES=tile.stages, **self.scores, **self.layout)
         programs = self.n_chunks * self.heads * (self.dim // tile.bk)
         for run_safe in (False, True):
-            launch(chunk_grad_kernel, programs, args, constants | dict(SAFE=run_safe), tile.warps)
+            launch(chunk_grad_kernel, programs, args, constants | dict(SAFE=run_safe), tile.warps, self.key)
         return dq, df, None if d_bound is None else d_bound.sum(0)
 
 
@@ -207,7 +209,8 @@ def forward(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, reverse, o
     table = None
     if cu_seqlens is not None:
         table = chunk_table(cu_seqlens, n_chunks, tiles.tiles_for(dim, q.dtype).chunk, reverse)
-    scan = Scan(q, f, v, lower_bound, lengths, table, n_chunks, reverse, q_act, v_act, fast_limit)
+    others = (initial_state,)
+    scan = Scan(q, f, v, lower_bound, lengths, table, n_chunks, reverse, q_act, v_act, others, fast_limit)
     final = None
     if output_final_state:
         final = _boundary(q, batch if documents is None else documents, initial_state, table is not None)
@@ -219,7 +222,8 @@ def forward(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, reverse, o
 def backward(do, d_final, q, f, v, lower_bound, lengths, saved: Saved, reverse, q_act, v_act, lower_bound_grad,
              initial_rows: int | None):  # fmt: skip
     """Gradients of q, f, v (contiguous), lower_bound and the initial state (`initial_rows`); None where not asked."""
-    scan = Scan(q, f, v, lower_bound, lengths, saved.table, saved.states.shape[0], reverse, q_act, v_act)
+    n_chunks = saved.states.shape[0]
+    scan = Scan(q, f, v, lower_bound, lengths, saved.table, n_chunks, reverse, q_act, v_act, (do, d_final))
     d_initial = None
     if initial_rows is not None:
         d_initial = _boundary(q, initial_rows, d_final, saved.table is not None)

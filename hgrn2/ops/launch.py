@@ -7,23 +7,28 @@ from hgrn2.ops import tiles
 _compiled = {}
 
 
-def _kind(x) -> object:
-    """What Triton compiles different code for: absence, dtype and alignment, divisibility, one, width."""
-    if x is None:
-        return None
-    if isinstance(x, torch.Tensor):
-        return x.dtype, x.data_ptr() % 16 == 0
-    if isinstance(x, int):
-        return x % 16 == 0, x == 1, x > 0x7FFFFFFF
-    return type(x)
+def kinds(tensors: tuple[torch.Tensor | None, ...]) -> tuple:
+    """What Triton compiles different code for in the tensors of a call: absence, dtype, alignment, kinds of strides."""
+    found = [] if tiles.INTERPRET else [torch.cuda.current_device()]
+    for x in tensors:
+        if x is None:
+            found.append(None)
+        else:
+            found += [x.dtype, x.data_ptr() % 16 == 0]
+            found += [(s % 16 == 0, s == 1, s > 0x7FFFFFFF) for s in x.stride()[:3]]
+    return tuple(found)
 
 
-def launch(kernel, programs: int, args: tuple, constants: dict, warps: int) -> None:
-    """Run `programs` programs of a jitted kernel; args come first in its signature, constants after them."""
-    if tiles.INTERPRET or torch.compiler.is_compiling():
+def launch(kernel, programs: int, args: tuple, constants: dict, warps: int, key: tuple) -> None:
+    """Run `programs` programs of a jitted kernel; args come first in its signature, constants after them.
+
+    key: `kinds` of all tensors that come from a caller. Fresh ones are aligned, and all other integers in args must be
+    ones that the kernel does not specialise on, below 2^31.
+    """
+    if tiles.INTERPRET:
         kernel[(programs,)](*args, **constants, num_warps=warps)
         return
-    key = (id(kernel), torch.cuda.current_device(), warps, tuple(constants.items()), tuple(map(_kind, args)))
+    key = (id(kernel), warps, key, *constants.values())
     found = _compiled.get(key)
     if found is None:
         compiled = kernel[(programs,)](*args, **constants, num_warps=warps)
