@@ -162,19 +162,9 @@ class _Eager(torch.autograd.Function):
             table = q.new_empty((0, 4), dtype=torch.int32) if saved[-1] is None else saved[-1]
             rows = -1 if ctx.initial_rows is None else ctx.initial_rows
             *grads, d_bound, d_initial = torch.ops.hgrn2.chunk_scan_backward(
-                do,
-                d_final,
-                q,
-                f,
-                v,
-                lower_bound,
-                lengths,
-                *saved[:-1],
-                table,
-                *ctx.options,
-                ctx.needs_input_grad[3],
-                rows,
-            )
+                do, d_final, q, f, v, lower_bound, lengths, *saved[:-1], table,
+                *ctx.options, ctx.needs_input_grad[3], rows,
+            )  # fmt: skip
             grads += [d_bound if ctx.needs_input_grad[3] else None, d_initial if rows >= 0 else None]
             return *grads, *(None,) * 7
         grads = chunk.backward(

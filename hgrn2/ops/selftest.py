@@ -77,7 +77,7 @@ def _run(index: int, dim: int, dtype: torch.dtype, lower_bound: bool, reverse: b
             bound = None if gamma is None else gamma.detach().clone().requires_grad_()
             o, _ = scan(*leaves, bound, **options, **extra)
             o.backward(d_out.to(o.dtype))
-            return dict(o=o, dq=leaves[0].grad, df=leaves[1].grad, dv=leaves[2].grad) | (
+            return dict(o=o.detach(), dq=leaves[0].grad, df=leaves[1].grad, dv=leaves[2].grad) | (
                 {} if bound is None else {"d lower_bound": bound.grad}
             )
 
