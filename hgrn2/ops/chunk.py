@@ -200,6 +200,20 @@ def _boundary(like: Tensor, rows: int, other: Tensor | None, packed: bool) -> Te
     return state
 
 
+def _on_its_device(run):
+    """Launch on the device of the first argument, whichever is current."""
+
+    @functools.wraps(run)
+    def guarded(x, *args, **options):
+        if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+            return run(x, *args, **options)
+        with torch.cuda.device(x.device):
+            return run(x, *args, **options)
+
+    return guarded
+
+
+@_on_its_device
 def forward(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, reverse, output_final_state, q_act, v_act,
             fast_limit=None):  # fmt: skip
     """Outputs `[B, T, H, V]`, the final state `[N, H, K, V]` or None, and what `backward` needs."""
@@ -219,6 +233,7 @@ def forward(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, reverse, o
     return scan.outputs(qx, kx, safe, states)[0], final, Saved(qx, kx, ex, total, safe, states, table)
 
 
+@_on_its_device
 def backward(do, d_final, q, f, v, lower_bound, lengths, saved: Saved, reverse, q_act, v_act, lower_bound_grad,
              initial_rows: int | None):  # fmt: skip
     """Gradients of q, f, v (contiguous), lower_bound and the initial state (`initial_rows`); None where not asked."""
