@@ -173,7 +173,8 @@ def table(result: dict) -> str:
     times = ", ".join(f"T {t}: {ms:.2f}" for t, ms in result["131072 tokens, H16 D128: fwd+bwd ms by T"].items())
     lines += ["", f"131,072 tokens, H16 D128, fwd+bwd ms by length: {times}."]
     if "layer" in result:
-        lines += ["", f"Mixer layer, hidden 2048, B8 T2048, fwd+bwd ms: {result['layer']}."]
+        ours, fla = result["layer"]["ours ms"], result["layer"]["fla ms"]
+        lines += ["", f"Mixer layer, hidden 2048, B8 T2048, fwd+bwd: {ours:.2f} ms, fla's {fla:.2f} ms."]
     return "\n".join(lines) + "\n"
 
 
