@@ -61,8 +61,8 @@ class OptimConfig:
             problems.append(f"schedule={self.schedule!r} is unknown; valid: cosine, inverse_sqrt, constant")
         if self.schedule == "cosine" and self.total_steps <= self.warmup_steps:
             problems.append(
-                f"total_steps={self.total_steps} must exceed warmup_steps={self.warmup_steps} (schedule=cosine); the task "
-                "files let total_steps follow trainer.max_steps: lower model.optim.warmup_steps with it"
+                f"total_steps={self.total_steps} must exceed warmup_steps={self.warmup_steps} (schedule=cosine); "
+                "total_steps follows trainer.max_steps in the task files: lower model.optim.warmup_steps with it"
             )
         check(problems)
 

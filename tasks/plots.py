@@ -8,7 +8,7 @@ from torch import Tensor
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 
 
-def image_grid(images: Tensor, captions: list[tuple[str, bool]], columns: int = 8) -> Figure:
+def image_grid(images: Tensor, captions: list[tuple[str, bool]], columns: int = 6) -> Figure:
     """Images `[B, C, Y, X]` with captions, green where right and red where wrong; each image is scaled to its range."""
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(0.95 * columns, 1.25 * rows), dpi=110, layout="constrained")
