@@ -106,6 +106,13 @@ def check(capability: int, rows: list[str], folder: Path) -> None:
     path = os.environ.get("HGRN2_AOT_REPORT")
     if path:
         known = json.loads(Path(path).read_text()) if Path(path).exists() else {}
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        known["about"] = {
+            "device": "none: compiled ahead of time, per compute capability",
+            "versions": {"triton": triton.__version__, "torch": torch.__version__},
+            "commit": commit.stdout.strip(),
+            "command": "HGRN2_AOT_REPORT=benchmarks/results/aot.json python -m pytest tests/ops/test_aot.py",
+        }
         known[str(capability)] = known.get(str(capability), {}) | report
         Path(path).write_text(json.dumps(known, indent=1) + "\n")
     too_large = {name: row["shared"] for name, row in report.items() if row["shared"] > SHARED[capability]}

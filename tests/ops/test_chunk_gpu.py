@@ -62,11 +62,15 @@ def test_error_against_plain_torch(dtype, dim, mean, limit):
     truth = run(recurrent_scan, inputs, d_out, d_final, torch.float64)
     ours = errors(run(triton_scan, inputs, d_out, d_final, dtype, fast_limit=limit), truth)
     plain = errors(run(plain_scan, inputs, d_out, d_final, dtype), truth)
-    # plain torch forms the initial state's gradient in fp32; ours, like all else, from products of the inputs' dtype
-    plain["d initial_state"] = plain["d q"]
-    # three tf32 products and the hardware's exponential: 2.5 times the fp32 loop, not 2
+    ratios = {n: ours[n] / plain[n] for n in truth}
+    # what is reached, which must not get worse. fp32: three tf32 products and the hardware's exponential; the initial
+    # state's gradient comes from products of the inputs' dtype, as dq does, where plain torch forms it in fp32
     factor = 2.6 if dtype == FP32 else 2.0
-    assert all(ours[n] <= factor * plain[n] for n in truth), {n: (ours[n], ours[n] / plain[n]) for n in truth}
+    reached = plain | {"d initial_state": plain["d q"]}
+    assert all(ours[n] <= factor * reached[n] for n in truth), ratios
+    missed = {n: round(ratio, 2) for n, ratio in ratios.items() if ratio > 2}
+    if missed:
+        pytest.xfail(f"the target is twice plain torch's error; times plain torch's: {missed}")
 
 
 @pytest.mark.parametrize("time", [1, 2, 63, 64, 65, 1000, 16385])
