@@ -10,6 +10,7 @@ from hgrn2.ops.chunked import chunked_scan
 from hgrn2.ops.gates import ACTIVATIONS, activate, forget_gate
 from hgrn2.ops.library import triton_scan, triton_supported
 from hgrn2.ops.reference import compute_dtype, recurrent_scan
+from hgrn2.ops.scan_library import lane_scan
 
 IMPLS = ("auto", "reference", "torch", "triton")
 DIRECTIONS = ("forward", "reverse", "both")
@@ -72,6 +73,11 @@ def hgrn2_scan(
             q, f, v, lower_bound, direction=direction, initial_state=initial_state, **options
         )  # fmt: skip
         return o, final_state if output_final_state else None
+    if name == "triton" and q.shape[-1] < 16:
+        return lane_scan(
+            q, f, v, lower_bound, direction=direction, initial_state=initial_state,
+            output_final_state=output_final_state, **options,
+        )  # fmt: skip
     scan = recurrent_scan
     if name == "triton":
         scan, options = triton_scan, options | dict(output_final_state=output_final_state)
@@ -105,7 +111,10 @@ def hgrn2_scan_2d(
     """
     _check_inputs(q, f, v, lower_bound, q_act, v_act, ndim=5, legend="[B, Y, X, H, K]")
     batch, height, width = q.shape[:3]
-    options = dict(direction="both", q_act=q_act, v_act=v_act, impl=impl)
+    options = dict(q_act=q_act, v_act=v_act)
+    if q.shape[-1] < 16 and _implementation(impl, q, lower_bound, "2d", **options) == "triton":
+        return lane_scan(q, f, v, lower_bound, direction="2d", **options)[0]
+    options |= dict(direction="both", impl=impl)
     rows, _ = hgrn2_scan(*(x.flatten(0, 1) for x in (q, f, v)), lower_bound, **options)
     columns, _ = hgrn2_scan(*(x.transpose(1, 2).flatten(0, 1) for x in (q, f, v)), lower_bound, **options)
     return rows.unflatten(0, (batch, height)) + columns.unflatten(0, (batch, width)).transpose(1, 2)
@@ -163,8 +172,9 @@ def _implementation(impl: str, q: Tensor, lower_bound: Tensor | None, direction:
     if impl in ("reference", "torch") or (impl == "auto" and q.device.type != "cuda"):
         return "torch" if impl == "auto" else impl
     reason = None
-    for reverse in {"forward": (False,), "reverse": (True,), "both": (False, True)}[direction]:
-        call = dict(lower_bound=lower_bound is not None, reverse=reverse, q_act=q_act, v_act=v_act)
+    # small states have kernels of their own for opposite scans, the others run one scan after the other
+    for one in ("forward", "reverse") if direction == "both" and q.shape[-1] >= 16 else (direction,):
+        call = dict(lower_bound=lower_bound is not None, direction=one, q_act=q_act, v_act=v_act)
         reason = reason or triton_supported(q, self_test=call)
     if reason is not None and impl == "triton":
         raise ValueError(f"impl='triton' cannot run here: {reason}; use impl='auto' or 'torch'")

@@ -161,6 +161,21 @@ if triton is not None:
         return sigma, minus, k, lam, g
 
     @triton.jit
+    def decay_tile(f, gamma, HAS_LB: tl.constexpr):
+        """`gate_tile` for scans that multiply by lam itself, without log lam: (sigmoid(f), sigmoid(-f), k, lam)."""
+        # 2^126 is the largest whose reciprocal is no denormal
+        e = fast_exp2(tl.minimum(f * 1.4426950408889634, 126.0, propagate_nan=tl.PropagateNan.ALL))
+        minus = fast_reciprocal(1.0 + e)
+        sigma = e * minus
+        if HAS_LB:
+            k = (1.0 - gamma) * minus
+            lam = gamma + (1.0 - gamma) * sigma
+        else:
+            k = minus
+            lam = sigma
+        return sigma, minus, k, lam
+
+    @triton.jit
     def activate_tile(x, ACT: tl.constexpr):
         """`activate` for a tile of fp32 values; ACT is 0 (None), 1 ("silu") or 2 ("sigmoid")."""
         if ACT == 0:

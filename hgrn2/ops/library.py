@@ -196,7 +196,7 @@ torch.library.register_vmap("hgrn2::chunk_scan_backward", _no_vmap, lib=_LIBRARY
 def triton_supported(q: Tensor, device: torch.device | None = None, self_test: dict | None = None) -> str | None:
     """Why the Triton scan cannot run for q `[B, T, H, K]` (on `device`, by default its own), or None.
 
-    self_test: lower_bound (bool), reverse, q_act and v_act of the call that comes; runs their self-test at first use.
+    self_test: lower_bound (bool), direction, q_act and v_act of the call that comes; runs their self-test at first use.
     """
     device = q.device if device is None else device
     if triton is None:
@@ -204,9 +204,10 @@ def triton_supported(q: Tensor, device: torch.device | None = None, self_test: d
     if device.type != "cuda" and not (tiles.INTERPRET and device.type == "cpu"):
         return f"Triton kernels need a CUDA device, not {device.type}"
     # a constant also where tracing has made the size symbolic
-    dim = next((size for size in tiles.HEAD_DIMS if q.shape[-1] == size), None)
+    dims = tiles.SMALL_HEAD_DIMS + tiles.HEAD_DIMS
+    dim = next((size for size in dims if q.shape[-1] == size), None)
     if dim is None:
-        return f"no chunked Triton kernel for head dim {q.shape[-1]}; there are {', '.join(map(str, tiles.HEAD_DIMS))}"
+        return f"no Triton kernel for head dim {q.shape[-1]}; there are {', '.join(map(str, dims))}"
     if q.dtype not in DTYPES:
         return f"no Triton kernel for {q.dtype}"
     if device.type != "cuda" or torch.version.hip is not None:

@@ -14,6 +14,7 @@ import pathlib
 import torch
 
 from hgrn2.ops.chunked import chunked_scan
+from hgrn2.ops.tiles import SMALL_HEAD_DIMS
 
 # relative 2-norm errors, well above those of correct kernels (see tests/ops/test_chunk_gpu.py)
 _LIMITS = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
@@ -34,7 +35,7 @@ def _code_version() -> str:
 
 
 def run_self_test(
-    index: int, dim: int, dtype: torch.dtype, lower_bound: bool, reverse: bool, q_act: str | None, v_act: str | None
+    index: int, dim: int, dtype: torch.dtype, lower_bound: bool, direction: str, q_act: str | None, v_act: str | None
 ) -> str | None:
     """None if the kernels for these inputs are right on CUDA device `index`, else what is wrong; cached on disk."""
     import triton
@@ -43,13 +44,13 @@ def run_self_test(
         return None
     name = torch.cuda.get_device_name(index)
     versions = [triton.__version__, torch.__version__, _code_version()]
-    key = [name, *versions, dim, str(dtype), lower_bound, reverse, q_act, v_act]
+    key = [name, *versions, dim, str(dtype), lower_bound, direction, q_act, v_act]
     path = cache_folder() / f"selftest-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.json"
     try:
         return json.loads(path.read_text())["failure"]
     except (OSError, ValueError, KeyError):
         pass  # not tested yet, or not readable: test
-    failure = _run(index, dim, dtype, lower_bound, reverse, q_act, v_act)
+    failure = _run(index, dim, dtype, lower_bound, direction, q_act, v_act)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(f".{os.getpid()}")
@@ -60,31 +61,52 @@ def run_self_test(
     return failure
 
 
-def _run(index: int, dim: int, dtype: torch.dtype, lower_bound: bool, reverse: bool, q_act, v_act) -> str | None:
+def _torch_form(q, f, v, lower_bound, direction: str, **options) -> tuple[torch.Tensor, None]:
+    """What the kernels have to agree with."""
+    if direction != "2d":
+        return chunked_scan(q, f, v, lower_bound, direction=direction, **options)
+    rows, columns = q.shape[1:3]
+    options |= dict(direction="both")
+    along, _ = chunked_scan(*(x.flatten(0, 1) for x in (q, f, v)), lower_bound, **options)
+    down, _ = chunked_scan(*(x.transpose(1, 2).flatten(0, 1) for x in (q, f, v)), lower_bound, **options)
+    return along.unflatten(0, (-1, rows)) + down.unflatten(0, (-1, columns)).transpose(1, 2), None
+
+
+def _run(index: int, dim: int, dtype: torch.dtype, lower_bound: bool, direction: str, q_act, v_act) -> str | None:
     from hgrn2.ops.library import triton_scan
+    from hgrn2.ops.scan_library import lane_scan
 
     device = torch.device("cuda", index)
     generator = torch.Generator(device).manual_seed(0)
     draw = functools.partial(torch.randn, device=device, generator=generator)
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cuda", enabled=False):
-        inputs = [draw(1, 130, 2, dim).to(dtype) for _ in range(3)]
+        shape = (1, 9, 17, 2, dim) if direction == "2d" else (1, 130, 2, dim)
+        inputs = [draw(shape).to(dtype) for _ in range(3)]
         gamma = 0.9 * torch.rand(2, dim, device=device, generator=generator) if lower_bound else None
-        d_out = draw(1, 130, 2, dim).to(dtype)
+        d_out = draw(shape).to(dtype)
         options = dict(q_act=q_act, v_act=v_act)
 
-        def run(scan, cast, **extra):
+        def run(scan, cast):
             leaves = [x.detach().to(cast).requires_grad_() for x in inputs]
             bound = None if gamma is None else gamma.detach().clone().requires_grad_()
-            o, _ = scan(*leaves, bound, **options, **extra)
+            o, _ = scan(*leaves, bound, **options)
             o.backward(d_out.to(o.dtype))
             return dict(o=o.detach(), dq=leaves[0].grad, df=leaves[1].grad, dv=leaves[2].grad) | (
                 {} if bound is None else {"d lower_bound": bound.grad}
             )
 
         try:
-            expected = run(chunked_scan, torch.float32, direction="reverse" if reverse else "forward")
-            for kind, limit in (("fast", 1e9), ("safe", -1.0)):
-                got = run(triton_scan, dtype, reverse=reverse, output_final_state=False, fast_limit=limit)
+            expected = run(functools.partial(_torch_form, direction=direction), torch.float32)
+            if dim in SMALL_HEAD_DIMS:
+                kinds = {"scan": functools.partial(lane_scan, direction=direction)}
+            else:
+                one = functools.partial(triton_scan, reverse=direction == "reverse", output_final_state=False)
+                kinds = {
+                    "fast": functools.partial(one, fast_limit=1e9),
+                    "safe": functools.partial(one, fast_limit=-1.0),
+                }
+            for kind, scan in kinds.items():
+                got = run(scan, dtype)
                 for name, want in expected.items():
                     error = float((got[name].float() - want).norm() / want.norm())
                     if not error < _LIMITS[dtype]:

@@ -8,6 +8,8 @@ import torch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 HEAD_DIMS = (16, 32, 64, 128, 256)
+# these have no tiles: see `scan`
+SMALL_HEAD_DIMS = (1, 2, 4, 8)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,201 @@
+"""The scan of small states in Triton, forward: what each segment adds to the state, the states between them, outputs.
+
+Shapes and lanes as in `scan_common`. Sequences of one segment run `scan_out_kernel` alone.
+"""
+
+import triton
+import triton.language as tl
+
+from hgrn2.ops.gates import decay_tile
+from hgrn2.ops.scan_common import (
+    SIZES,
+    activated,
+    add_outer,
+    dot_keys,
+    empty_state,
+    load_rows,
+    load_state,
+    locate,
+    place,
+    scaled,
+    store_state,
+    strides_of,
+    tile_at,
+)
+
+
+@triton.jit(do_not_specialize=SIZES + strides_of("f x y"))
+def scan_segment_kernel(
+    f_ptr, x_ptr, y_ptr, lb_ptr, own_ptr, decay_ptr, table_ptr, len_ptr,
+    f_stride_b, f_stride_p, f_stride_t, f_stride_h, x_stride_b, x_stride_p, x_stride_t, x_stride_h,
+    y_stride_b, y_stride_p, y_stride_t, y_stride_h,
+    N, T, P, NS, NC, L, H,
+    K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, GRAD: tl.constexpr, FLIP: tl.constexpr,
+    BOTH: tl.constexpr, VARLEN: tl.constexpr, HAS_LEN: tl.constexpr, HAS_LB: tl.constexpr, X_ACT: tl.constexpr,
+    Y_ACT: tl.constexpr,
+):  # fmt: skip
+    """Each segment's own contribution to the state that leaves it, and its total decay `[NC, H, K]`.
+
+    y is v and x is not read (GRAD: do and q: contributions to the states' gradients). What leaves against the order of
+    the loop is summed under the product P of the decays so far.
+    """
+    inside, c, row, line, head, t0, _stored, real = locate(
+        N, table_ptr, len_ptr, T, P, NS, L, H, LANES, VARLEN, HAS_LEN
+    )
+    m_lane = inside[:, None]
+    o_k = tl.arange(0, K)[None, :]
+    gamma = tl.load(lb_ptr + head[:, None] * K + o_k) if HAS_LB else 0.0
+    p_f = f_ptr + tile_at(row, line, head, t0, f_stride_b, f_stride_p, f_stride_t, f_stride_h, K, K)
+    p_y = y_ptr + tile_at(row, line, head, t0, y_stride_b, y_stride_p, y_stride_t, y_stride_h, K, K)
+    if GRAD:
+        p_x = x_ptr + tile_at(row, line, head, t0, x_stride_b, x_stride_p, x_stride_t, x_stride_h, K, K)
+    along = empty_state(LANES, K)
+    against = empty_state(LANES, K)
+    decay = tl.zeros([LANES, K], dtype=tl.float32) + 1.0
+    for i in tl.range(0, L, UNROLL):
+        f = load_rows(p_f, i, f_stride_t, real, L, 100.0, K, UNROLL, FLIP)
+        y = load_rows(p_y, i, y_stride_t, real, L, 0.0, K, UNROLL, FLIP)
+        x = load_rows(p_x, i, x_stride_t, real, L, 0.0, K, UNROLL, FLIP) if GRAD else f
+        for u in tl.static_range(UNROLL):
+            m = (place(i + u, L, FLIP) < real)[:, None]
+            _sigma, _minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB)
+            lam = tl.where(m, lam, 1.0)
+            b_y = activated(y[u], m, Y_ACT)
+            if GRAD:
+                b_x = activated(x[u], m, X_ACT)
+                decay = decay * lam
+                against = add_outer(against, decay * b_x, b_y, K)
+                if BOTH:
+                    along = scaled(add_outer(along, b_x, b_y, K), lam, K)
+            else:
+                along = add_outer(scaled(along, lam, K), b_k, b_y, K)
+                if BOTH:
+                    against = add_outer(against, decay * b_k, b_y, K)
+                decay = decay * lam
+    p_head = (c * H + head)[:, None] * K + o_k
+    p_state = (c * H + head)[:, None] * K * K + o_k
+    tl.store(decay_ptr + p_head, decay, mask=m_lane)
+    second = own_ptr + NC.to(tl.int64) * H * K * K
+    store_state(own_ptr, p_state, against if GRAD else along, m_lane, K)
+    if BOTH:
+        store_state(second, p_state, along if GRAD else against, m_lane, K)
+
+
+@triton.jit(do_not_specialize=["N", "NS", "NC", "H"])
+def scan_carry_kernel(
+    own_ptr, decay_ptr, init_ptr, final_ptr, table_ptr,
+    N, NS, NC, H,
+    K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, GRAD: tl.constexpr, FLIP: tl.constexpr,
+    BOTH: tl.constexpr, VARLEN: tl.constexpr, HAS_INIT: tl.constexpr, HAS_FINAL: tl.constexpr,
+):  # fmt: skip
+    """Turn the segments' own contributions `[2, NC, H, V, K]` into the states that enter them, in place.
+
+    One thread owns one row of a line's state. init, final: `[lines, H, V, K]`, or of documents, with one slot only.
+    """
+    slots: tl.constexpr = 2 if BOTH else 1
+    slot = tl.program_id(0) % slots
+    down = (slot ^ (1 if GRAD else 0) ^ (1 if FLIP else 0)) != 0
+    n = (tl.program_id(0) // slots).to(tl.int64) * LANES + tl.arange(0, LANES)
+    inside = n < N
+    m_lane = inside[:, None]
+    n = tl.where(inside, n, 0)
+    o_k = tl.arange(0, K)[None, :]
+    count = tl.where(inside, NS, 0)
+    i_line = n // (H * K)
+    rest = n - i_line * (H * K)  # head and value channel
+    own_ptr += slot * NC.to(tl.int64) * H * K * K
+    b_s = tl.zeros([LANES, K], dtype=tl.float32)
+    if HAS_INIT and not VARLEN:
+        b_s = tl.load(init_ptr + n[:, None] * K + o_k, mask=m_lane, other=0.0)
+    for first in tl.range(0, NS, UNROLL):
+        own = ()
+        decay = ()
+        for u in tl.static_range(UNROLL):
+            s = first + u
+            m = (s < count)[:, None]
+            c = i_line * NS + tl.where(down, NS - 1 - s, s)
+            own = own + (tl.load(own_ptr + (c * (H * K) + rest)[:, None] * K + o_k, mask=m, other=0.0),)
+            decay = decay + (tl.load(decay_ptr + (c * H + rest // K)[:, None] * K + o_k, mask=m, other=1.0),)
+        for u in tl.static_range(UNROLL):
+            s = first + u
+            m = (s < count)[:, None]
+            c = i_line * NS + tl.where(down, NS - 1 - s, s)
+            if VARLEN:
+                flags = tl.load(table_ptr + c * 4 + 3, mask=s < count, other=0)
+                document = tl.load(table_ptr + c * 4, mask=s < count, other=0).to(tl.int64)
+                p_state = (document * (H * K) + rest)[:, None] * K + o_k
+                opens = ((flags & tl.where(down, 2, 1)) != 0)[:, None]
+                b_init = tl.zeros([LANES, K], dtype=tl.float32)
+                if HAS_INIT:
+                    b_init = tl.load(init_ptr + p_state, mask=m & opens, other=0.0)
+                b_s = tl.where(opens, b_init, b_s)
+            tl.store(own_ptr + (c * (H * K) + rest)[:, None] * K + o_k, b_s, mask=m)
+            b_s = b_s * decay[u] + own[u]
+            if VARLEN and HAS_FINAL:
+                closes = ((flags & tl.where(down, 1, 2)) != 0)[:, None]
+                tl.store(final_ptr + p_state, b_s, mask=m & closes)
+    if HAS_FINAL and not VARLEN:
+        tl.store(final_ptr + n[:, None] * K + o_k, b_s, mask=m_lane)
+
+
+@triton.jit
+def _out_pass(
+    state, p_q, p_f, p_v, p_o, gamma, q_stride_t, f_stride_t, v_stride_t, o_stride_t, stored, real, L,
+    K: tl.constexpr, UNROLL: tl.constexpr, FLIP: tl.constexpr, ADD: tl.constexpr, HAS_LB: tl.constexpr,
+    Q_ACT: tl.constexpr, V_ACT: tl.constexpr,
+):  # fmt: skip
+    """Run one scan over the lanes' segments; ADD: on top of what o holds. Returns the states that leave."""
+    for i in tl.range(0, L, UNROLL):
+        q = load_rows(p_q, i, q_stride_t, real, L, 0.0, K, UNROLL, FLIP)
+        f = load_rows(p_f, i, f_stride_t, real, L, 100.0, K, UNROLL, FLIP)
+        v = load_rows(p_v, i, v_stride_t, real, L, 0.0, K, UNROLL, FLIP)
+        before = load_rows(p_o, i, o_stride_t, real, L, 0.0, K, UNROLL, FLIP) if ADD else q
+        for u in tl.static_range(UNROLL):
+            t = place(i + u, L, FLIP)
+            m = (t < real)[:, None]
+            b_q = activated(q[u], m, Q_ACT)
+            b_v = activated(v[u], m, V_ACT)
+            _sigma, _minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB)
+            state = add_outer(scaled(state, tl.where(m, lam, 1.0), K), b_k, b_v, K)
+            b_o = dot_keys(state, b_q, K)
+            if ADD:
+                b_o += before[u].to(tl.float32)
+            tl.store(p_o + t * o_stride_t * K, b_o.to(p_o.dtype.element_ty), mask=(t < stored)[:, None])
+    return state
+
+
+@triton.jit(do_not_specialize=SIZES + strides_of("q f v o"))
+def scan_out_kernel(
+    q_ptr, f_ptr, v_ptr, lb_ptr, o_ptr, enter_ptr, leave_ptr, table_ptr, len_ptr,
+    q_stride_b, q_stride_p, q_stride_t, q_stride_h, f_stride_b, f_stride_p, f_stride_t, f_stride_h,
+    v_stride_b, v_stride_p, v_stride_t, v_stride_h, o_stride_b, o_stride_p, o_stride_t, o_stride_h,
+    N, T, P, NS, NC, L, H,
+    K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, FLIP: tl.constexpr, BOTH: tl.constexpr,
+    VARLEN: tl.constexpr, HAS_LEN: tl.constexpr, HAS_LB: tl.constexpr, Q_ACT: tl.constexpr, V_ACT: tl.constexpr,
+    ADD: tl.constexpr, HAS_ENTER: tl.constexpr, HAS_LEAVE: tl.constexpr,
+):  # fmt: skip
+    """Outputs of each segment from the states that enter it; ADD: on top of what o holds."""
+    inside, c, row, line, head, t0, stored, real = locate(N, table_ptr, len_ptr, T, P, NS, L, H, LANES, VARLEN, HAS_LEN)
+    m_lane = inside[:, None]
+    o_k = tl.arange(0, K)[None, :]
+    gamma = tl.load(lb_ptr + head[:, None] * K + o_k) if HAS_LB else 0.0
+    p_q = q_ptr + tile_at(row, line, head, t0, q_stride_b, q_stride_p, q_stride_t, q_stride_h, K, K)
+    p_f = f_ptr + tile_at(row, line, head, t0, f_stride_b, f_stride_p, f_stride_t, f_stride_h, K, K)
+    p_v = v_ptr + tile_at(row, line, head, t0, v_stride_b, v_stride_p, v_stride_t, v_stride_h, K, K)
+    p_o = o_ptr + tile_at(row, line, head, t0, o_stride_b, o_stride_p, o_stride_t, o_stride_h, K, K)
+    p_state = (c * H + head)[:, None] * K * K + o_k
+    state = load_state(enter_ptr, p_state, m_lane, K) if HAS_ENTER else empty_state(LANES, K)
+    state = _out_pass(
+        state, p_q, p_f, p_v, p_o, gamma, q_stride_t, f_stride_t, v_stride_t, o_stride_t, stored, real, L,
+        K, UNROLL, FLIP, ADD, HAS_LB, Q_ACT, V_ACT,
+    )  # fmt: skip
+    if HAS_LEAVE:
+        store_state(leave_ptr, p_state, state, m_lane, K)
+    if BOTH:
+        tl.debug_barrier()
+        p_state += NC.to(tl.int64) * H * K * K
+        state = load_state(enter_ptr, p_state, m_lane, K) if HAS_ENTER else empty_state(LANES, K)
+        _out_pass(
+            state, p_q, p_f, p_v, p_o, gamma, q_stride_t, f_stride_t, v_stride_t, o_stride_t, stored, real, L,
+            K, UNROLL, not FLIP, True, HAS_LB, Q_ACT, V_ACT,
+        )  # fmt: skip
