@@ -1,20 +1,22 @@
 """Host side of the chunked Triton scan: plans the grid, allocates, launches. Shapes as in `chunk_common`."""
 
-import dataclasses
 import functools
 
 import torch
 from torch import Tensor
 
 from hgrn2.ops import tiles
-from hgrn2.ops.chunk_bwd import chunk_grad_kernel
+from hgrn2.ops.chunk_bwd import chunk_grad_kernel, chunk_value_grad_kernel
 from hgrn2.ops.chunk_common import FAST_LIMIT, FAST_LIMIT_FP32
 from hgrn2.ops.chunk_factors import chunk_factor_kernel
 from hgrn2.ops.chunk_fwd import carry_kernel, chunk_out_kernel, chunk_state_kernel
-from hgrn2.ops.launch import kinds, launch
+from hgrn2.ops.chunk_safe import chunk_safe_grad_kernel, chunk_score_kernel
+from hgrn2.ops.launch import Plan, Plans, Slots, kinds
 
 # sequences of fewer chunks are not worth splitting
 _MIN_SPLIT = 16
+
+_forward_plans, _backward_plans = Plans(), Plans()
 
 
 @functools.cache
@@ -49,146 +51,107 @@ def chunk_table(cu_seqlens: Tensor, n_chunks: int, chunk: int, reverse: bool) ->
     return torch.stack([doc, t0, rows, flags], dim=1).to(torch.int32)
 
 
-@dataclasses.dataclass
-class Saved:
-    """What the forward leaves for the backward."""
+def saved_slots(n_chunks: int, heads: int, dim: int, dtype: torch.dtype, keep: bool, exact: bool) -> Slots:
+    """What the forward leaves in one buffer: for the backward if `keep`, for an initial state's gradient if `exact`."""
+    slots, chunk, product = Slots(), tiles.tiles_for(dim, dtype).chunk, tiles.product_dtype(dtype)
+    for name in ("qx", "kx", "ex") if keep else ("qx", "kx"):
+        slots.add(name, (n_chunks, heads, chunk, dim), product)
+    slots.add("states", (n_chunks, heads, dim, dim), product)
+    slots.add("a", (n_chunks, heads, chunk, chunk), product)
+    slots.add("total", (n_chunks, heads, dim), torch.float32)
+    if exact:
+        slots.add("qf", (n_chunks, heads, chunk, dim), torch.float32)
+    slots.add("safe", (n_chunks, heads), torch.int32)  # last: no gaps, which would hold anything
+    return slots
 
-    qx: Tensor
-    kx: Tensor
-    ex: Tensor
-    total: Tensor
-    safe: Tensor
-    states: Tensor
-    table: Tensor | None
 
+class _Call:
+    """Sizes and constants of one kind of call, which add its kernels to a plan; tensors have the names used here."""
 
-class Scan:
-    """One call of the scan: its tensors, sizes and the constants all its kernels share."""
-
-    def __init__(self, q, f, v, lower_bound, lengths, table, n_chunks, reverse, q_act, v_act, others, fast_limit=None):
-        self.q, self.f, self.v, self.lower_bound, self.lengths, self.table = q, f, v, lower_bound, lengths, table
+    def __init__(self, q, f, v, lower_bound, lengths, others, n_chunks, packed_documents, reverse, q_act, v_act):
         self.batch, self.time, self.heads, self.dim = q.shape
-        self.tiles = tiles.tiles_for(self.dim, q.dtype)
-        self.n_chunks, self.n_t = n_chunks, _cdiv(self.time, self.tiles.chunk)
-        self.q_act, self.v_act, self.reverse = q_act, v_act, reverse
-        default = FAST_LIMIT_FP32 if q.dtype == torch.float32 else FAST_LIMIT
-        self.fast_limit = default if fast_limit is None else fast_limit
-        self.precision, self.split = tiles.arithmetic(q.dtype)
-        self.masks = tiles.sum_masks(self.tiles.chunk, q.device)
-        self.key = kinds((q, f, v, lower_bound, lengths, *others))
-        self.layout = dict(
-            K=self.dim, C=self.tiles.chunk, REVERSE=reverse, VARLEN=table is not None, HAS_LEN=lengths is not None,
-            PRECISION=self.precision,
+        self.device, self.dtype, self.tiles = q.device, q.dtype, tiles.tiles_for(self.dim, q.dtype)
+        chunk = self.tiles.chunk
+        self.n_chunks, self.n_t, self.varlen = n_chunks, _cdiv(self.time, chunk), packed_documents
+        precision, split, sub = tiles.arithmetic(q.dtype)
+        self.values = dict(
+            T=self.time, NT=self.n_t, NC=n_chunks, H=self.heads, sign=-1 if reverse else 1,
+            has_len=int(lengths is not None), K=self.dim, C=chunk, LOG_C=chunk.bit_length() - 1, SUB=sub,
+            VARLEN=packed_documents, HAS_LB=lower_bound is not None, Q_ACT=q_act, V_ACT=v_act,
+            PRECISION=precision, SPLIT=split,
         )  # fmt: skip
-        self.scores = dict(
-            LOG_C=self.tiles.chunk.bit_length() - 1, HAS_LB=lower_bound is not None, Q_ACT=q_act, V_ACT=v_act,
-            SPLIT=self.split,
-        )  # fmt: skip
+        self.lengths = "safe" if lengths is None else "len"  # any integers: they are not read
+        self.plan = Plan(kinds((q, f, v, lower_bound, lengths, *others)))
+        for name, x in (("q", q), ("f", f), ("v", v)):
+            self.strides(name, x)
+        self.scratch = Slots()
 
-    def factors(self) -> tuple[Tensor, ...]:
-        """qx, kx, ex `[NC, H, C, K]`, total `[NC, H, K]` and the safe flags `[NC, H]`."""
-        tile, q, f = self.tiles.factor, self.q, self.f
-        shape = (self.n_chunks, self.heads, self.tiles.chunk, self.dim)
-        qx, kx, ex = (q.new_empty(shape, dtype=tiles.product_dtype(q.dtype)) for _ in range(3))
-        total = q.new_empty(self.n_chunks, self.heads, self.dim, dtype=torch.float32)
-        safe = q.new_empty(self.n_chunks, self.heads, dtype=torch.int32)
+    def strides(self, name: str, x: Tensor) -> None:
+        self.values |= {f"{name}_stride_{axis}": x.stride(i) for i, axis in enumerate("bth")}
+
+    def add(self, kernel, programs: int, tile: tiles.Kernel, values: dict | None = None, **names: str) -> None:
+        values = self.values | dict(BK=tile.bk, BV=tile.bv, STAGES=tile.stages) | (values or {})
+        self.plan.add(kernel, programs, tile.warps, values, len=self.lengths, **names)
+
+    def factors(self, keep: bool, exact: bool, fast_limit: float | None) -> None:
+        if fast_limit is None:
+            fast_limit = FAST_LIMIT_FP32 if self.dtype == torch.float32 else FAST_LIMIT
+        tile = self.tiles.factor
         band = max(1, tile.bk // self.dim)
-        args = (
-            q, f, self.lower_bound, qx, kx, ex, total, safe, self.table, self.lengths, *q.stride()[:3], *f.stride()[:3],
-            self.time, self.n_t, self.heads, self.fast_limit,
+        values = dict(BH=band, BT=tile.bv, EXACT=exact, keep=int(keep), fast_limit=float(fast_limit))
+        self.add(
+            chunk_factor_kernel, self.n_chunks * _cdiv(self.heads, band), tile, values,
+            qf="qf" if exact else "none", ex="ex" if keep else "qx",
         )  # fmt: skip
-        constants = dict(
-            BH=band,
-            BT=tile.bv,
-            HAS_LB=self.lower_bound is not None,
-            Q_ACT=self.q_act,
-            STAGES=tile.stages,
-            **self.layout,
-        )
-        launch(chunk_factor_kernel, self.n_chunks * _cdiv(self.heads, band), args, constants, tile.warps, self.key)
-        return qx, kx, ex, total, safe
 
-    def states(self, x, y, total, safe, enter, leave, *, backward: bool, act: int) -> Tensor:
-        """Chunk states `[NC, H, K, V]`, from `enter` to `leave` (`[N, H, K, V]` or None); splits few long sequences."""
+    def states(self, x: str, y: str, states: str, enter: str, leave: str, backward: bool) -> None:
+        """Chunk states, from `enter` to `leave` ("none": zero, not wanted); splits few long sequences."""
         tile = self.tiles.state
-        shape = (self.heads, self.dim, self.dim)
-        states = x.new_empty(self.n_chunks, *shape)
         blocks = self.heads * (self.dim // tile.bk) * (self.dim // tile.bv)
-        multiprocessors = _multiprocessors(x.device)
-
-        constants = dict(
-            BK=tile.bk, BV=tile.bv, BACKWARD=backward, HAS_INIT=enter is not None, HAS_FINAL=leave is not None, ACT=act,
-            STAGES=tile.stages, **self.layout,
+        multiprocessors = _multiprocessors(self.device)
+        values = {f"y_stride_{axis}": self.values[f"{y}_stride_{axis}"] for axis in "bth"} | dict(
+            BACKWARD=backward, HAS_INIT=enter != "none", HAS_FINAL=leave != "none", EXACT=x == "qf",
+            ACT=0 if backward else self.values["V_ACT"],
         )  # fmt: skip
+        names = dict(x=x, y=y, states=states, init=enter, final=leave)
 
-        def run(mode: int, segments: int, length: int, seg: Tensor | None, decay: Tensor | None) -> None:
-            args = (
-                x, y, total, safe, enter, leave, states, seg, decay, self.table, self.lengths, *y.stride()[:3],
-                self.time, self.n_t, self.n_chunks, self.heads, length,
+        def run(mode: int, segments: int, length: int, **more: str) -> None:
+            more = {"seg": "none", "decay": "none"} | more
+            self.add(
+                chunk_state_kernel, segments * blocks, tile, values | dict(MODE=mode, L=length), **names, **more
             )  # fmt: skip
-            launch(chunk_state_kernel, segments * blocks, args, constants | dict(MODE=mode), tile.warps, self.key)
 
-        if self.table is None and (2 * self.batch * blocks >= multiprocessors or self.n_t < _MIN_SPLIT):
-            run(0, self.batch, self.n_t, None, None)
-            return states
+        if not self.varlen and (2 * self.batch * blocks >= multiprocessors or self.n_t < _MIN_SPLIT):
+            run(0, self.batch, self.n_t)
+            return
         length = max(_MIN_SPLIT // 2, _cdiv(self.n_chunks, max(1, 4 * multiprocessors // blocks)))
         segments = _cdiv(self.n_chunks, length)
-        seg = x.new_zeros(segments, *shape, dtype=torch.float32)
+        self.scratch.add("seg", (segments, self.heads, self.dim, self.dim), torch.float32)
+        self.scratch.add("decay", (segments, self.heads, self.dim), torch.float32)
         if segments > 1:
-            decay = x.new_empty(segments, self.heads, self.dim, dtype=torch.float32)
-            run(1, segments, length, seg, decay)
-            rows = min(self.dim, max(1, 512 // self.dim))
-            launch(
-                carry_kernel,
-                self.heads * (self.dim // rows),
-                (seg, decay, self.heads, segments),
-                dict(K=self.dim, BK=rows, BACKWARD=backward),
-                4,
-                self.key,
-            )
-        run(2, segments, length, seg, None)
-        return states
+            run(1, segments, length, seg="seg", decay="decay")
+        rows = min(self.dim, max(1, 512 // self.dim))
+        # a single segment starts from the zeros that this writes
+        values_of_carry = dict(N_SEG=segments, BACKWARD=backward)
+        self.add(carry_kernel, self.heads * (self.dim // rows), tiles.Kernel(rows, self.dim, 4), values_of_carry)
+        run(2, segments, length, seg="seg")
 
-    def outputs(self, qx, kx, safe, states, do: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """o `[B, T, H, V]`. With do and the states' gradient: dv, and do v^T below and on the diagonal."""
-        grad = do is not None
-        tile = self.tiles.dv if grad else self.tiles.out
-        q, f, v = self.q, self.f, self.v
-        y = do if grad else v
-        o = v.new_empty(self.batch, self.time, self.heads, self.dim)
-        da = diag = None
-        if grad:
-            shape = (self.n_chunks, self.heads, self.tiles.chunk, self.tiles.chunk)
-            da, diag = qx.new_empty(shape), qx.new_empty(shape[:-1], dtype=torch.float32)
-        args = (
-            qx, kx, q, f, v, y, self.lower_bound, self.masks, safe, states, o, da, diag, self.table, self.lengths,
-            *q.stride()[:3], *f.stride()[:3], *v.stride()[:3], *y.stride()[:3], self.time, self.n_t, self.heads,
-        )  # fmt: skip
-        constants = dict(BK=tile.bk, BV=tile.bv, GRAD=grad, STAGES=tile.stages, **self.scores, **self.layout)
+    def outputs(self, keep: bool) -> None:
+        self.add(chunk_score_kernel, self.n_chunks * self.heads, self.tiles.score)
+        tile = self.tiles.out
         programs = self.n_chunks * self.heads * (self.dim // tile.bv)
-        for run_safe in (False, True):
-            launch(chunk_out_kernel, programs, args, constants | dict(SAFE=run_safe), tile.warps, self.key)
-        return o, da, diag
+        self.add(chunk_out_kernel, programs, tile, dict(keep=int(keep)))
 
-    def gate_gradients(self, saved: Saved, d_states: Tensor, da: Tensor, diag: Tensor, do: Tensor, bound: bool):
-        """dq, df `[B, T, H, K]` and, if `bound`, d lower_bound `[H, K]`, else None."""
-        tile = self.tiles.grad
-        q, f, v = self.q, self.f, self.v
-        dq, df = (q.new_empty(q.shape) for _ in range(2))
-        d_bound = None
-        if bound:  # chunks that stay unused write nothing
-            make = q.new_empty if self.table is None else q.new_zeros
-            d_bound = make(self.n_chunks, self.heads, self.dim, dtype=torch.float32)
-        args = (
-            saved.qx, saved.kx, saved.ex, q, f, v, do, self.lower_bound, self.masks, saved.total, saved.safe,
-            saved.states, d_states, da, diag, dq, df, d_bound, self.table, self.lengths,
-            *q.stride()[:3], *f.stride()[:3], *v.stride()[:3], *do.stride()[:3], self.time, self.n_t, self.heads,
-        )  # fmt: skip
-        constants = dict(BK=tile.bk, BV=tile.bv, LB_GRAD=bound, STAGES=tile.stages, **self.scores, **self.layout)
-        programs = self.n_chunks * self.heads * (self.dim // tile.bk)
-        for run_safe in (False, True):
-            launch(chunk_grad_kernel, programs, args, constants | dict(SAFE=run_safe), tile.warps, self.key)
-        return dq, df, None if d_bound is None else d_bound.sum(0)
+    def gradients(self, packed: bool, bound: bool) -> None:
+        values = dict(g_stride_t=(3 if packed else 1) * self.heads * self.dim, LB_GRAD=bound)
+        tile = self.tiles.dv
+        self.add(chunk_value_grad_kernel, self.n_chunks * self.heads * (self.dim // tile.bv), tile, values)
+        dlb = "dlb" if bound else "none"
+        for kernel, tile in (
+            (chunk_grad_kernel, self.tiles.grad),
+            (chunk_safe_grad_kernel, self.tiles.safe_grad),
+        ):
+            self.add(kernel, self.n_chunks * self.heads * (self.dim // tile.bk), tile, values, dlb=dlb)
 
 
 def _boundary(like: Tensor, rows: int, other: Tensor | None, packed: bool) -> Tensor:
@@ -198,6 +161,23 @@ def _boundary(like: Tensor, rows: int, other: Tensor | None, packed: bool) -> Te
     if packed:
         state.zero_() if other is None else state.copy_(other)
     return state
+
+
+def _scratch(like: Tensor, slots: Slots) -> tuple[Slots, Tensor]:
+    return slots, like.new_empty(slots.size, dtype=torch.uint8)
+
+
+def _signature(q: Tensor, *tensors: Tensor | None) -> tuple:
+    """What a plan depends on in its tensors; where all are aligned, as nearly always, quickly."""
+    bits = 0
+    for x in tensors:
+        if x is not None:
+            bits |= x.data_ptr()
+    if (bits | q.data_ptr()) % 16:
+        bits = tuple(x is not None and x.data_ptr() % 16 == 0 for x in (q, *tensors))
+    else:
+        bits = 0
+    return q.dtype, q.get_device(), q.shape, bits, q.stride(), *(None if x is None else x.stride() for x in tensors)
 
 
 def _on_its_device(run):
@@ -215,34 +195,100 @@ def _on_its_device(run):
 
 @_on_its_device
 def forward(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, reverse, output_final_state, q_act, v_act,
-            fast_limit=None):  # fmt: skip
-    """Outputs `[B, T, H, V]`, the final state `[N, H, K, V]` or None, and what `backward` needs."""
-    batch, time, _, dim = q.shape
-    documents = None if cu_seqlens is None else cu_seqlens.numel() - 1
-    n_chunks = count_chunks(batch, time, dim, q.dtype, documents)
-    table = None
+            fast_limit=None, keep=True, exact=False):  # fmt: skip
+    """Outputs `[B, T, H, V]`, the final state `[N, H, K, V]` or None, and what `backward` needs: buffer and table.
+
+    keep: a backward will follow; exact: with a gradient for the initial state.
+    """
+    batch, time, heads, dim = q.shape
+    documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    options = (documents, reverse, output_final_state, q_act, v_act, fast_limit, keep, exact)
+    key = (*_signature(q, f, v, lower_bound, initial_state, lengths), *options)
+    found = _forward_plans.get(key)
+    if found is None:
+        n_chunks = count_chunks(batch, time, dim, q.dtype, documents)
+        call = _Call(
+            q, f, v, lower_bound, lengths, (initial_state,), n_chunks, documents is not None, reverse, q_act, v_act
+        )  # fmt: skip
+        call.factors(keep, exact, fast_limit)
+        enter, leave = "none" if initial_state is None else "init", "final" if output_final_state else "none"
+        call.states("kx", "v", "states", enter, leave, backward=False)
+        call.outputs(keep)
+        slots = saved_slots(n_chunks, heads, dim, q.dtype, keep, exact)
+        found = call.plan, slots, call.scratch, n_chunks, tiles.sum_masks(call.tiles.chunk, q.device)
+        _forward_plans[key] = found
+    plan, slots, scratch, n_chunks, masks = found
+    table = final = None
     if cu_seqlens is not None:
         table = chunk_table(cu_seqlens, n_chunks, tiles.tiles_for(dim, q.dtype).chunk, reverse)
-    others = (initial_state,)
-    scan = Scan(q, f, v, lower_bound, lengths, table, n_chunks, reverse, q_act, v_act, others, fast_limit)
-    final = None
     if output_final_state:
         final = _boundary(q, batch if documents is None else documents, initial_state, table is not None)
-    qx, kx, ex, total, safe = scan.factors()
-    states = scan.states(kx, v, total, safe, initial_state, final, backward=False, act=v_act)
-    return scan.outputs(qx, kx, safe, states)[0], final, Saved(qx, kx, ex, total, safe, states, table)
+    o = v.new_empty(q.shape)
+    buffer = q.new_empty(slots.size, dtype=torch.uint8)
+    tensors = dict(
+        q=q, f=f, v=v, lb=lower_bound, init=initial_state, final=final, len=lengths, table=table, mask=masks, o=o
+    )  # fmt: skip
+    plan.run(tensors, (slots, buffer), *((_scratch(q, scratch),) if scratch.of else ()))
+    return o, final, buffer, table
+
+
+def packed_order(q: Tensor, f: Tensor, v: Tensor) -> tuple[int, int, int] | None:
+    """Which slots of one packed `[B, T, 3, H, K]` q, f and v are, or None."""
+    _, time, heads, dim = q.shape
+    row = heads * dim
+    stride = q.stride()
+    if stride != (3 * time * row, 3 * row, dim, 1) or f.stride() != stride or v.stride() != stride:
+        return None
+    at = [x.data_ptr() // q.element_size() for x in (q, f, v)]
+    order = tuple((a - min(at)) // row if (a - min(at)) % row == 0 else -1 for a in at)
+    return order if sorted(order) == [0, 1, 2] else None
 
 
 @_on_its_device
-def backward(do, d_final, q, f, v, lower_bound, lengths, saved: Saved, reverse, q_act, v_act, lower_bound_grad,
-             initial_rows: int | None):  # fmt: skip
-    """Gradients of q, f, v (contiguous), lower_bound and the initial state (`initial_rows`); None where not asked."""
-    n_chunks = saved.states.shape[0]
-    scan = Scan(q, f, v, lower_bound, lengths, saved.table, n_chunks, reverse, q_act, v_act, (do, d_final))
-    d_initial = None
-    if initial_rows is not None:
-        d_initial = _boundary(q, initial_rows, d_final, saved.table is not None)
-    d_states = scan.states(saved.qx, do, saved.total, saved.safe, d_final, d_initial, backward=True, act=0)
-    dv, da, diag = scan.outputs(saved.qx, saved.kx, saved.safe, d_states, do)
-    dq, df, d_bound = scan.gate_gradients(saved, d_states, da, diag, do, lower_bound_grad)
-    return dq, df, dv, d_bound, d_initial
+def backward(do, d_final, q, f, v, lower_bound, lengths, buffer, table, reverse, q_act, v_act, lower_bound_grad,
+             initial_rows: int | None, packed: bool = False):  # fmt: skip
+    """Gradients of q, f, v, lower_bound and the initial state (`initial_rows`); None where not asked.
+
+    packed: where q, f and v are slots of one packed projection, their gradients are slots of one tensor, too.
+    """
+    exact = initial_rows is not None
+    order = packed_order(q, f, v) if packed else None
+    options = (table is None, reverse, q_act, v_act, lower_bound_grad, exact, order is None, buffer.shape)
+    key = (*_signature(q, f, v, do, lower_bound, d_final, lengths), *options)
+    found = _backward_plans.get(key)
+    if found is None:
+        batch, time, heads, dim = q.shape
+        n_chunks = count_chunks(batch, time, dim, q.dtype, None) if table is None else table.shape[0]
+        call = _Call(
+            q, f, v, lower_bound, lengths, (do, d_final), n_chunks, table is not None, reverse, q_act, v_act
+        )  # fmt: skip
+        call.strides("do", do)
+        chunk, product = call.tiles.chunk, tiles.product_dtype(q.dtype)
+        call.scratch.add("dstates", (n_chunks, heads, dim, dim), product)
+        call.scratch.add("da", (n_chunks, heads, chunk, chunk), product)
+        call.scratch.add("diag", (n_chunks, heads, chunk), torch.float32)
+        enter, leave = "none" if d_final is None else "d_final", "d_initial" if exact else "none"
+        call.states("qf" if exact else "qx", "do", "dstates", enter, leave, backward=True)
+        call.gradients(order is not None, lower_bound_grad)
+        slots = saved_slots(n_chunks, heads, dim, q.dtype, True, exact)
+        found = call.plan, slots, call.scratch, n_chunks, tiles.sum_masks(chunk, q.device)
+        _backward_plans[key] = found
+    plan, slots, scratch, n_chunks, masks = found
+    heads, dim = q.shape[2:]
+    d_initial = dlb = None
+    if exact:
+        d_initial = _boundary(q, initial_rows, d_final, table is not None)
+    if lower_bound_grad:  # chunks that stay unused write nothing
+        make = q.new_empty if table is None else q.new_zeros
+        dlb = make(n_chunks, heads, dim, dtype=torch.float32)
+    if order is None:
+        dq, df, dv = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+    else:
+        parts = q.new_empty(*q.shape[:2], 3, heads, dim).unbind(2)
+        dq, df, dv = (parts[i] for i in order)
+    tensors = dict(
+        q=q, f=f, v=v, do=do, lb=lower_bound, d_final=d_final, d_initial=d_initial, len=lengths, table=table,
+        mask=masks, dq=dq, df=df, dv=dv, dlb=dlb,
+    )  # fmt: skip
+    plan.run(tensors, (slots, buffer), _scratch(q, scratch))
+    return dq, df, dv, None if dlb is None else dlb.sum(0), d_initial

@@ -1,86 +1,88 @@
-"""The backward of the chunked scan in Triton: gradients of q and f of one chunk from the states on both of its sides.
+"""The backward of the chunked scan in Triton: gradients of v, q and f of one chunk from the states on both its sides.
 
 Shapes and the factors qx, kx and scale as in `chunk_common`. S is the state entering the chunk, dS the gradient of the
-one leaving it; dA = do v^T. In terms of the factors, "intra" over pairs i > j:
+one leaving it; A the scores, dA = do v^T. In terms of the factors, "intra" over pairs i > j:
 
+    dv  = kx (scale dS) + A^T do
     dqx = do S^T + dA kx (intra)                   dq = 2^G dqx + dA_ii k_i
     dkx = v (scale dS)^T + dA^T qx (intra)         dk = 2^-G dkx + dA_jj q_j       (2^R in the place of 2^-G where safe)
 
 The gradient of log lam_t gathers what crosses t: qx dqx through the state from tokens at or after t, kx dkx through the
 state from tokens before t, the state that crosses the whole chunk, and every intra pair i >= t > j. Sums that only add
-crossing terms lose nothing to cancellation; fast tiles take the last kind as a difference of qx dqx and kx dkx summed
-from the end, where pairs on one side of t cancel: exactly so only if both are made of the same rounded factors. The
-diagonal has no decay and is left out of both.
+crossing terms lose nothing to cancellation; fast chunks, and safe ones within blocks, take the last kind as a difference
+of qx dqx and kx dkx summed from the end, where pairs on one side of t cancel: exactly so only if both are made of the
+same rounded factors. The diagonal has no decay and is left out of both.
 """
 
 import triton
 import triton.language as tl
 
-from hgrn2.ops.chunk_common import (
-    finite,
-    load_mask,
-    locate,
-    masked_sum,
-    meeting_pairs,
-    product,
-    row_masks,
-    to_accumulator,
-)
-from hgrn2.ops.gates import activate_grad_tile, activate_tile, fast_exp2, fast_reciprocal, gate_tile
+from hgrn2.ops.chunk_common import finite, load_mask, locate, masked_sum, product, row_masks, to_accumulator
+from hgrn2.ops.gates import activate_grad_tile, activate_tile, fast_reciprocal, gate_tile
 
 
-@triton.jit(do_not_specialize=["T", "NT", "H"])
-def chunk_grad_kernel(
-    qx_ptr, kx_ptr, ex_ptr, q_ptr, f_ptr, v_ptr, do_ptr, lb_ptr, mask_ptr, total_ptr, safe_ptr, states_ptr, dstates_ptr,
-    da_ptr, diag_ptr, dq_ptr, df_ptr, dlb_ptr, table_ptr, len_ptr,
-    q_stride_b, q_stride_t, q_stride_h, f_stride_b, f_stride_t, f_stride_h, v_stride_b, v_stride_t, v_stride_h,
-    do_stride_b, do_stride_t, do_stride_h,
-    T, NT, H,
-    K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
-    SAFE: tl.constexpr, REVERSE: tl.constexpr, VARLEN: tl.constexpr, HAS_LEN: tl.constexpr, HAS_LB: tl.constexpr,
-    LB_GRAD: tl.constexpr, Q_ACT: tl.constexpr, V_ACT: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr,
+@triton.jit(do_not_specialize=["T", "NT", "H", "sign", "has_len"])
+def chunk_value_grad_kernel(
+    kx_ptr, v_ptr, do_ptr, a_ptr, dstates_ptr, dv_ptr, da_ptr, diag_ptr, table_ptr, len_ptr,
+    v_stride_b, v_stride_t, v_stride_h, do_stride_b, do_stride_t, do_stride_h, g_stride_t,
+    T, NT, H, sign, has_len,
+    K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr, V_ACT: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq, df `[B, T, H, K]` (contiguous) of one chunk, head and tile of BK channels.
+    """dv `[B, T, H, V]` (tokens g_stride_t apart) of one chunk, head and tile of BV value channels.
 
-    SAFE, da_ptr and diag_ptr as in `chunk_out_kernel`. dlb_ptr `[NC, H, K]` takes the chunk's share of d lower_bound.
+    da_ptr `[NC, H, C, C]` and diag_ptr `[NC, H, C]` take the scores' gradient below the diagonal and on it.
     """
-    # sums that do not cancel need no more bits than the bf16 products in them
-    SUM_SPLIT: tl.constexpr = 1 if PRECISION == "bf16" else SPLIT
     pid = tl.program_id(0)
-    i_k = pid % (K // BK)
-    i_h = ((pid // (K // BK)) % H).to(tl.int64)
-    c = pid // ((K // BK) * H)
+    i_v = pid % (K // BV)
+    i_h = ((pid // (K // BV)) % H).to(tl.int64)
+    c = pid // ((K // BV) * H)
     p_ch = c.to(tl.int64) * H + i_h
-    n, b, t0, rows, _first, _last = locate(c, table_ptr, T, NT, C, REVERSE, VARLEN)
-    if (rows <= 0) | ((tl.load(safe_ptr + p_ch) != 0) != SAFE):
+    _n, b, t0, rows, _first, _last, length = locate(c, table_ptr, len_ptr, T, NT, sign, has_len, C, VARLEN)
+    if rows <= 0:
         return
     t64 = t0.to(tl.int64)
-    o_t, m_in, m_real = row_masks(t0, rows, n, len_ptr, C, REVERSE, HAS_LEN)
+    o_t, m_in, m_real = row_masks(t0, rows, length, sign, C)
     o_c = tl.arange(0, C)
-    o_k = i_k * BK + tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    i = o_c[:, None]
+    j = o_c[None, :]
     p_v = v_ptr + b * v_stride_b + t64 * v_stride_t + i_h * v_stride_h + o_t[:, None] * v_stride_t
     p_do = do_ptr + b * do_stride_b + t64 * do_stride_t + i_h * do_stride_h + o_t[:, None] * do_stride_t
-    p_s = p_ch * K * K + o_k[:, None] * K
-    p_f = f_ptr + b * f_stride_b + t64 * f_stride_t + i_h * f_stride_h + o_t[:, None] * f_stride_t + o_k[None, :]
-    p_q = q_ptr + b * q_stride_b + t64 * q_stride_t + i_h * q_stride_h + o_t[:, None] * q_stride_t + o_k[None, :]
-    p_tile = p_ch * C * K + o_c[:, None] * K + o_k[None, :]
-    # all loads come first, so that they overlap
-    b_fraw = finite(tl.load(p_f, mask=m_real[:, None], other=100.0))
-    b_da = tl.load(da_ptr + p_ch * C * C + o_c[:, None] * C + o_c[None, :])
-    b_diag = tl.load(diag_ptr + p_ch * C + o_c)[:, None]
-    gamma = tl.load(lb_ptr + i_h * K + o_k)[None, :] if HAS_LB else 0.0
-    if SAFE:
-        b_qt = tl.load(p_q, mask=m_real[:, None], other=0.0)
-    else:
-        b_qt = tl.load(qx_ptr + p_tile)
-        b_kt = tl.load(kx_ptr + p_tile)
-        b_et = tl.load(ex_ptr + p_tile)
-    eye = load_mask(mask_ptr, 0, C)
-    later = load_mask(mask_ptr, 1, C)
-    earlier = load_mask(mask_ptr, 2, C)
-    zero = tl.zeros([C, BK], dtype=tl.float32)
+    b_a = tl.load(a_ptr + p_ch * C * C + i * C + j)
+    b_do = tl.load(p_do + o_v[None, :], mask=m_real[:, None], other=0.0)
+    b_dv = tl.zeros([C, BV], dtype=tl.float32)
+    for k0 in tl.range(0, K, BK, num_stages=STAGES):
+        o_k = k0 + tl.arange(0, BK)
+        b_x = tl.load(kx_ptr + p_ch * C * K + o_c[:, None] * K + o_k[None, :])
+        b_s = tl.load(dstates_ptr + p_ch * K * K + o_k[:, None] * K + o_v[None, :])
+        b_dv = product(b_x, b_s, b_dv, PRECISION)
+    b_dv = product(tl.trans(b_a), b_do, b_dv, PRECISION)
+    if V_ACT != 0:
+        b_v = tl.load(p_v + o_v[None, :], mask=m_real[:, None], other=0.0).to(tl.float32)
+        b_dv *= activate_grad_tile(b_v, V_ACT)
+    b_dv = tl.where(m_real[:, None], b_dv, 0.0)
+    p_out = dv_ptr + (b * T + t64) * g_stride_t + i_h * K + o_t[:, None] * g_stride_t + o_v[None, :]
+    tl.store(p_out, b_dv.to(dv_ptr.dtype.element_ty), mask=m_in[:, None])
+    if i_v == 0:
+        b_da = tl.zeros([C, C], dtype=tl.float32)
+        for v0 in range(0, K, BV):
+            o_w = v0 + tl.arange(0, BV)[None, :]
+            b_y = tl.load(p_do + o_w, mask=m_real[:, None], other=0.0)
+            b_w = tl.load(p_v + o_w, mask=m_real[:, None], other=0.0)
+            if V_ACT != 0:
+                b_w = tl.where(m_real[:, None], activate_tile(b_w.to(tl.float32), V_ACT), 0.0)
+            b_da = product(b_y, tl.trans(b_w), b_da, PRECISION)
+        tl.store(da_ptr + p_ch * C * C + i * C + j, tl.where(i > j, b_da, 0.0).to(da_ptr.dtype.element_ty))
+        tl.store(diag_ptr + p_ch * C + o_c, tl.sum(tl.where(i == j, b_da, 0.0), axis=1))
 
+
+@triton.jit
+def state_gradients(
+    p_v, p_do, p_s, states_ptr, dstates_ptr, m_real, C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, V_ACT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """What crosses the chunk's ends: do S^T and v dS^T `[C, BK]`, and sum_v S dS `[BK]`."""
     b_dq = tl.zeros([C, BK], dtype=tl.float32)
     b_dk = tl.zeros([C, BK], dtype=tl.float32)
     b_cross = tl.zeros([BK], dtype=tl.float32)
@@ -95,54 +97,90 @@ def chunk_grad_kernel(
         b_cross += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), axis=1)
         b_dq = product(b_do, tl.trans(b_s), b_dq, PRECISION)
         b_dk = product(b_v, tl.trans(b_ds), b_dk, PRECISION)
+    return b_dq, b_dk, b_cross
 
-    if SAFE:
-        b_f = to_accumulator(b_fraw, eye)
-        b_q = to_accumulator(b_qt, eye)
-        if Q_ACT != 0:
-            b_q = tl.where(m_real[:, None], activate_tile(b_q, Q_ACT), 0.0)
-        _sigma, _minus, b_k, _lam, b_g = gate_tile(b_f, gamma, HAS_LB)
-        b_cross = b_cross * fast_exp2(tl.load(total_ptr + p_ch * K + o_k))
-        b_dq = b_dq * fast_exp2(masked_sum(earlier, b_g, b_g, SPLIT))
-        b_dk = b_dk * fast_exp2(masked_sum(tl.trans(earlier), b_g, zero, SPLIT))
-        b_dg = masked_sum(later, b_q * b_dq, zero, SUM_SPLIT)
-        b_dg = masked_sum(earlier, b_k * b_dk, b_dg, SUM_SPLIT)
-        for shift in range(0, LOG_C):
-            b_e = fast_exp2(masked_sum(load_mask(mask_ptr, 3 + shift, C), b_g, zero, SPLIT))
-            b_pair = tl.where(meeting_pairs(shift, C, False), b_da.to(tl.float32), 0.0)
-            b_dqe = b_e * product(b_pair, b_k * b_e, zero, PRECISION)
-            b_dke = b_e * product(tl.trans(b_pair), b_q * b_e, zero, PRECISION)
-            to_boundary = load_mask(mask_ptr, 3 + LOG_C + shift, C)
-            b_dg = masked_sum(to_boundary, b_q * b_dqe + b_k * b_dke, b_dg, SUM_SPLIT)
-            b_dq += b_dqe
-            b_dk += b_dke
-        b_dq += b_diag * b_k
-        b_dk += b_diag * b_q
-    else:
-        b_dq = product(b_da, b_kt, b_dq, PRECISION)
-        b_inner = product(tl.trans(b_da), b_qt, zero, PRECISION)
-        b_qx = to_accumulator(b_qt, eye)
-        b_kx = to_accumulator(b_kt, eye)
-        b_dg = masked_sum(later, b_qx * b_dq - b_kx * b_inner, zero, SPLIT)
-        b_dg = masked_sum(earlier, b_kx * b_dk, b_dg, SUM_SPLIT)
-        # k = 2^G kx and q = 2^-G qx
-        b_e = to_accumulator(b_et, eye)
-        b_dq = (b_dq + b_diag * b_kx) * b_e
-        b_dk = (b_dk + b_inner + b_diag * b_qx) * fast_reciprocal(b_e)
-    if Q_ACT != 0:
-        b_dq *= activate_grad_tile(tl.load(p_q, mask=m_real[:, None], other=0.0).to(tl.float32), Q_ACT)
-    p_out = ((b * T + t64) * H + i_h) * K + o_t[:, None] * (H * K) + o_k[None, :]
-    tl.store(dq_ptr + p_out, b_dq.to(dq_ptr.dtype.element_ty), mask=m_in[:, None])
-    b_dg += b_cross[None, :]
-    b_f = to_accumulator(b_fraw, eye)
+
+@triton.jit
+def logit_gradient(b_f, gamma, b_dg, b_dk, m_real, dlb_ptr, p_bound, HAS_LB: tl.constexpr, LB_GRAD: tl.constexpr):
+    """df from the gradients of log lam and k; stores the share of d lower_bound if LB_GRAD."""
     sigma, minus, _k, lam, _g = gate_tile(b_f, gamma, HAS_LB)
     if HAS_LB:
         b_dg = b_dg * fast_reciprocal(tl.maximum(lam, 1e-37)) - b_dk
         if LB_GRAD:
-            b_dlb = tl.sum(tl.where(m_real[:, None], b_dg * minus, 0.0), axis=0)
-            tl.store(dlb_ptr + p_ch * K + o_k, b_dlb)
+            tl.store(dlb_ptr + p_bound, tl.sum(tl.where(m_real[:, None], b_dg * minus, 0.0), axis=0))
         b_df = minus * sigma * (1.0 - gamma) * b_dg
     else:
         b_df = minus * (b_dg - sigma * b_dk)
-    b_df = tl.where(m_real[:, None], b_df, 0.0)
+    return tl.where(m_real[:, None], b_df, 0.0)
+
+
+@triton.jit(do_not_specialize=["T", "NT", "H", "sign", "has_len"])
+def chunk_grad_kernel(
+    qx_ptr, kx_ptr, ex_ptr, q_ptr, f_ptr, v_ptr, do_ptr, lb_ptr, mask_ptr, safe_ptr, states_ptr, dstates_ptr,
+    da_ptr, diag_ptr, dq_ptr, df_ptr, dlb_ptr, table_ptr, len_ptr,
+    q_stride_b, q_stride_t, q_stride_h, f_stride_b, f_stride_t, f_stride_h, v_stride_b, v_stride_t, v_stride_h,
+    do_stride_b, do_stride_t, do_stride_h, g_stride_t,
+    T, NT, H, sign, has_len,
+    K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr, HAS_LB: tl.constexpr,
+    LB_GRAD: tl.constexpr, Q_ACT: tl.constexpr, V_ACT: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """dq, df `[B, T, H, K]` (tokens g_stride_t apart) of one fast chunk, head and tile of BK channels.
+
+    dlb_ptr `[NC, H, K]` takes the chunk's share of d lower_bound.
+    """
+    # sums that do not cancel need no more bits than the bf16 products in them
+    SUM_SPLIT: tl.constexpr = 1 if PRECISION == "bf16" else SPLIT
+    pid = tl.program_id(0)
+    i_k = pid % (K // BK)
+    i_h = ((pid // (K // BK)) % H).to(tl.int64)
+    c = pid // ((K // BK) * H)
+    p_ch = c.to(tl.int64) * H + i_h
+    _n, b, t0, rows, _first, _last, length = locate(c, table_ptr, len_ptr, T, NT, sign, has_len, C, VARLEN)
+    if (rows <= 0) | (tl.load(safe_ptr + p_ch) != 0):
+        return
+    t64 = t0.to(tl.int64)
+    o_t, m_in, m_real = row_masks(t0, rows, length, sign, C)
+    o_c = tl.arange(0, C)
+    o_k = i_k * BK + tl.arange(0, BK)
+    p_v = v_ptr + b * v_stride_b + t64 * v_stride_t + i_h * v_stride_h + o_t[:, None] * v_stride_t
+    p_do = do_ptr + b * do_stride_b + t64 * do_stride_t + i_h * do_stride_h + o_t[:, None] * do_stride_t
+    p_s = p_ch * K * K + o_k[:, None] * K
+    p_f = f_ptr + b * f_stride_b + t64 * f_stride_t + i_h * f_stride_h + o_t[:, None] * f_stride_t + o_k[None, :]
+    p_q = q_ptr + b * q_stride_b + t64 * q_stride_t + i_h * q_stride_h + o_t[:, None] * q_stride_t + o_k[None, :]
+    p_tile = p_ch * C * K + o_c[:, None] * K + o_k[None, :]
+    # all loads come first, so that they overlap
+    b_f = finite(tl.load(p_f, mask=m_real[:, None], other=100.0))
+    b_da = tl.load(da_ptr + p_ch * C * C + o_c[:, None] * C + o_c[None, :])
+    b_diag = tl.load(diag_ptr + p_ch * C + o_c)[:, None]
+    gamma = tl.load(lb_ptr + i_h * K + o_k)[None, :] if HAS_LB else 0.0
+    b_qt = tl.load(qx_ptr + p_tile)
+    b_kt = tl.load(kx_ptr + p_tile)
+    b_et = tl.load(ex_ptr + p_tile)
+    eye = load_mask(mask_ptr, 0, C)
+    later = load_mask(mask_ptr, 1, C)
+    earlier = load_mask(mask_ptr, 2, C)
+    zero = tl.zeros([C, BK], dtype=tl.float32)
+
+    b_dq, b_dk, b_cross = state_gradients(
+        p_v, p_do, p_s, states_ptr, dstates_ptr, m_real, C, K, BK, BV, V_ACT, PRECISION, STAGES
+    )
+    b_dq = product(b_da, b_kt, b_dq, PRECISION)
+    b_inner = product(tl.trans(b_da), b_qt, zero, PRECISION)
+    b_qx = to_accumulator(b_qt, eye)
+    b_kx = to_accumulator(b_kt, eye)
+    b_dg = masked_sum(later, b_qx * b_dq - b_kx * b_inner, zero, SPLIT)
+    b_dg = masked_sum(earlier, b_kx * b_dk, b_dg, SUM_SPLIT)
+    # k = 2^G kx and q = 2^-G qx
+    b_e = to_accumulator(b_et, eye)
+    b_dq = (b_dq + b_diag * b_kx) * b_e
+    b_dk = (b_dk + b_inner + b_diag * b_qx) * fast_reciprocal(b_e)
+    if Q_ACT != 0:
+        b_dq *= activate_grad_tile(tl.load(p_q, mask=m_real[:, None], other=0.0).to(tl.float32), Q_ACT)
+    p_out = (b * T + t64) * g_stride_t + i_h * K + o_t[:, None] * g_stride_t + o_k[None, :]
+    tl.store(dq_ptr + p_out, b_dq.to(dq_ptr.dtype.element_ty), mask=m_in[:, None])
+    b_dg += b_cross[None, :]
+    b_df = logit_gradient(
+        to_accumulator(b_f, eye), gamma, b_dg, b_dk, m_real, dlb_ptr, p_ch * K + o_k, HAS_LB, LB_GRAD
+    )
     tl.store(df_ptr + p_out, b_df.to(df_ptr.dtype.element_ty), mask=m_in[:, None])

@@ -10,8 +10,11 @@ to token i, `R_j` the sum after token j to the chunk's end, and total = G_j + R_
   and their one product gives all scores.
 - safe: pairs are grouped by halving. At level s, blocks of 2s tokens split in halves; i in the second half and j in the
   first meet at the boundary b, `2^(G_i - G_b) 2^(G_b - G_j)`, where both exponents are sums of g, never positive:
-  nothing can overflow, and what underflows is negligible. log2 C levels and the diagonal cover each pair once. kx is
+  nothing can overflow, and what underflows is negligible. Each token needs one factor a level, of q or of k. kx is
   `k 2^R` here.
+  With 16-bit inputs halving stops at blocks of 2^SUB = 16 tokens, which take one product as fast chunks do, of factors
+  centred on each block's middle and with g cut off at `BLOCK_LIMIT` a token: the pairs that cross such a token are
+  under their rounding anyway, only the gradient of its own g has to be put right. fp32 inputs (SUB 0) halve to the end.
 
 The same factors serve the chunk's state, S_C = 2^total S_0 + scale kx^T v with scale = 2^total (fast) or 1 (safe). So
 they are formed once, by `chunk_factor_kernel`, and the later kernels are little but products. Buffers of factors are
@@ -23,16 +26,21 @@ Reverse scans run the same kernels with the token order flipped at loads and sto
 import triton
 import triton.language as tl
 
-from hgrn2.ops.gates import round_tf32
+from hgrn2.ops.gates import _INTERPRET, fast_exp2, round_tf32
 
 # the factors then stay inside the range of fp32 and bf16, with room for q; fp32 inputs keep more digits of the exponent
 FAST_LIMIT = 110.0
 FAST_LIMIT_FP32 = 12.0
+# half a block of 16 tokens then sums to at most 110 either way
+BLOCK_LIMIT = tl.constexpr(13.75)
 
 
 @triton.jit
-def locate(c, table_ptr, T, NT, C: tl.constexpr, REVERSE: tl.constexpr, VARLEN: tl.constexpr):
-    """Chunk c: (sequence, batch row, first token, valid rows, opens its sequence, ends it)."""
+def locate(c, table_ptr, len_ptr, T, NT, sign, has_len, C: tl.constexpr, VARLEN: tl.constexpr):
+    """Chunk c: (sequence, batch row, first token, valid rows, opens its sequence, ends it, first token not real).
+
+    sign is -1 for reverse scans; len_ptr holds the real lengths if has_len is not 0.
+    """
     if VARLEN:
         n = tl.load(table_ptr + c * 4)
         t0 = tl.load(table_ptr + c * 4 + 1)
@@ -46,22 +54,20 @@ def locate(c, table_ptr, T, NT, C: tl.constexpr, REVERSE: tl.constexpr, VARLEN: 
         i_t = c - n * NT
         b = n
         rows = tl.minimum(T - i_t * C, C)
-        t0 = T - 1 - i_t * C if REVERSE else i_t * C
+        t0 = tl.where(sign < 0, T - 1 - i_t * C, i_t * C)
         first = i_t == 0
         last = i_t == NT - 1
-    return n, b.to(tl.int64), t0, rows, first, last
+    length = tl.load(len_ptr + n, mask=has_len != 0, other=2147483647)
+    return n, b.to(tl.int64), t0, rows, first, last, length
 
 
 @triton.jit
-def row_masks(t0, rows, n, len_ptr, C: tl.constexpr, REVERSE: tl.constexpr, HAS_LEN: tl.constexpr):
+def row_masks(t0, rows, length, sign, C: tl.constexpr):
     """(signed row offsets, rows inside the sequence's storage, rows that are real tokens), each `[C]`."""
     o_c = tl.arange(0, C)
     m_in = o_c < rows
-    o_t = -o_c if REVERSE else o_c
-    m_real = m_in
-    if HAS_LEN:
-        m_real = m_in & (t0 + o_t < tl.load(len_ptr + n))
-    return o_t, m_in, m_real
+    o_t = o_c * sign
+    return o_t, m_in, m_in & (t0 + o_t < length)
 
 
 @triton.jit
@@ -76,6 +82,49 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def rounded(x, PRECISION: tl.constexpr):
+    """x as `product` reads it."""
+    if PRECISION == "bf16":
+        y = x.to(tl.bfloat16)
+    elif PRECISION == "tf32":
+        y = round_tf32(x)
+    else:
+        y = x
+    return y
+
+
+@triton.jit
+def exact_product(a, b, acc, PRECISION: tl.constexpr):
+    """a @ b + acc with the fp32 a kept whole: b is exact in bf16 ("bf16") or taken as `product` takes fp32."""
+    if PRECISION == "bf16":
+        for _ in tl.static_range(2):
+            part = (a.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+            acc = tl.dot(part.to(tl.bfloat16), b.to(tl.bfloat16), acc)
+            a = a - part
+        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
+    else:
+        return product(a, b, acc, "tf32x3" if PRECISION == "tf32" else PRECISION)
+
+
+@triton.jit
+def decay(x, PRECISION: tl.constexpr):
+    """2^x; a relative error of 1e-7 for fp32 inputs, else the hardware's 2^-22."""
+    if PRECISION == "tf32x3" or PRECISION == "ieee":
+        n = tl.floor(x + 0.5)
+        r = x - n
+        p = 0.000153707048 * r + 0.00133998483
+        p = p * r + 0.00961837325
+        p = p * r + 0.0555032904
+        p = p * r + 0.240226485
+        p = p * r + 0.693147206
+        # 2^n is exact in hardware
+        y = fast_exp2(n) * (p * r + 1.0)
+    else:
+        y = fast_exp2(x)
+    return y
+
+
+@triton.jit
 def load_mask(mask_ptr, index, C: tl.constexpr):
     """Mask `index` of `[n, C, C]` (see `tiles.sum_masks`): built in registers, it would cost more than its product."""
     o_c = tl.arange(0, C)
@@ -85,8 +134,8 @@ def load_mask(mask_ptr, index, C: tl.constexpr):
 @triton.jit
 def finite(f):
     """Logits in [-10000, 10000], NaN kept: a product with the identity would spread an infinity over its column."""
-    f = tl.maximum(f, -10000.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(f, 10000.0, propagate_nan=tl.PropagateNan.ALL).to(f.dtype)
+    x = tl.maximum(f.to(tl.float32), -10000.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, 10000.0, propagate_nan=tl.PropagateNan.ALL).to(f.dtype)
 
 
 @triton.jit
@@ -100,6 +149,19 @@ def to_accumulator(x, eye):
         y = x
     else:
         y = tl.dot(eye.to(x.dtype), x)
+    return y
+
+
+@triton.jit
+def settle(x):
+    """x as it is, at an instruction that the compiler may not repeat.
+
+    Where a tile changes its layout, for a store say, it would else compute all that led to the tile once more.
+    """
+    if _INTERPRET:
+        y = x
+    else:
+        y = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], tl.float32, is_pure=False, pack=1)
     return y
 
 
@@ -121,11 +183,8 @@ def masked_sum(mask, x, acc, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def meeting_pairs(shift, C: tl.constexpr, TRANSPOSE: tl.constexpr):
-    """`[C, C]`: the pairs i > j (TRANSPOSE: j > i) that meet at halving level s = 2^shift."""
-    i = tl.arange(0, C)[:, None]
-    j = tl.arange(0, C)[None, :]
-    half_i = i >> shift
-    half_j = j >> shift
-    same = (half_i >> 1) == (half_j >> 1)
-    return same & ((half_i - half_j) == (-1 if TRANSPOSE else 1))
+def meeting_pairs(shift, C: tl.constexpr):
+    """`[C, C]`: the pairs that meet at halving level s = 2^shift, in either order."""
+    i = tl.arange(0, C)[:, None] >> shift
+    j = tl.arange(0, C)[None, :] >> shift
+    return (i ^ j) == 1

@@ -3,40 +3,30 @@
 Shapes, the factors qx, kx and scale as in `chunk_common`. Per chunk, with S_0 entering it:
 
     S_C = 2^total S_0 + scale kx^T v                  `chunk_state_kernel`: sequential, one tile of the state a program
-    o   = qx S_0 + mask(A) v,  A = qx kx^T or safe    `chunk_out_kernel`: all chunks in parallel
+    o   = qx S_0 + A v,  A = mask(qx kx^T) or safe    `chunk_out_kernel`: all chunks in parallel
 
-The gradient dS of the state goes the same way backwards in time, dS_0 = 2^total dS_C + qx^T do, in the same kernel. The
-gradient of v is the second line once more, dv = kx (scale dS_C) + mask(A)^T do.
+The gradient dS of the state goes the same way backwards in time, dS_0 = 2^total dS_C + qx^T do, in the same kernel.
 """
 
 import triton
 import triton.language as tl
 
-from hgrn2.ops.chunk_common import (
-    finite,
-    load_mask,
-    locate,
-    masked_sum,
-    meeting_pairs,
-    product,
-    row_masks,
-    to_accumulator,
-)
-from hgrn2.ops.gates import activate_grad_tile, activate_tile, fast_exp2, gate_tile
+from hgrn2.ops.chunk_common import exact_product, locate, product, row_masks
+from hgrn2.ops.gates import activate_tile, fast_exp2
 
 
-@triton.jit(do_not_specialize=["T", "NT", "NC", "H", "L"])
+@triton.jit(do_not_specialize=["T", "NT", "NC", "H", "L", "sign", "has_len"])
 def chunk_state_kernel(
     x_ptr, y_ptr, total_ptr, safe_ptr, init_ptr, final_ptr, states_ptr, seg_ptr, decay_ptr, table_ptr, len_ptr,
     y_stride_b, y_stride_t, y_stride_h,
-    T, NT, NC, H, L,
+    T, NT, NC, H, L, sign, has_len,
     K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    BACKWARD: tl.constexpr, MODE: tl.constexpr, REVERSE: tl.constexpr, VARLEN: tl.constexpr, HAS_LEN: tl.constexpr,
-    HAS_INIT: tl.constexpr, HAS_FINAL: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BACKWARD: tl.constexpr, MODE: tl.constexpr, VARLEN: tl.constexpr, HAS_INIT: tl.constexpr, HAS_FINAL: tl.constexpr,
+    ACT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The state entering each chunk of a segment of L chunks; BACKWARD: its gradient times scale, leaving each chunk.
 
-    x_ptr: factors kx (BACKWARD: qx); y_ptr: v, which ACT is applied to (BACKWARD: do).
+    x_ptr: factors kx (BACKWARD: qx, unrounded if EXACT); y_ptr: v, which ACT is applied to (BACKWARD: do).
     MODE 0: a segment is one sequence. MODE 1: only the segment's own contribution and total decay, from a zero state.
     MODE 2: as 0, for segments that start from the state carried in `seg_ptr`.
     """
@@ -64,9 +54,9 @@ def chunk_state_kernel(
         b_s = tl.load(seg_ptr + p_seg)
     for step in tl.range(0, c_end - c_first, num_stages=STAGES):
         c = c_end - 1 - step if BACKWARD else c_first + step
-        n, b, t0, rows, first, last = locate(c, table_ptr, T, NT, C, REVERSE, VARLEN)
+        n, b, t0, rows, first, last, length = locate(c, table_ptr, len_ptr, T, NT, sign, has_len, C, VARLEN)
         p_ch = c.to(tl.int64) * H + i_h
-        o_t, _m_in, m_real = row_masks(t0, rows, n, len_ptr, C, REVERSE, HAS_LEN)
+        o_t, _m_in, m_real = row_masks(t0, rows, length, sign, C)
         p_y = y_ptr + b * y_stride_b + t0.to(tl.int64) * y_stride_t + i_h * y_stride_h
         b_x = tl.load(x_ptr + p_ch * C * K + o_c[:, None] * K + o_k[None, :])
         b_y = tl.load(p_y + o_t[:, None] * y_stride_t + o_v[None, :], mask=m_real[:, None], other=0.0)
@@ -86,7 +76,9 @@ def chunk_state_kernel(
             tl.store(states_ptr + p_ch * K * K + o_s, b_kept.to(states_ptr.dtype.element_ty))
         if ACT != 0:
             b_y = tl.where(m_real[:, None], activate_tile(b_y.to(tl.float32), ACT), 0.0)
-        if BACKWARD:
+        if EXACT:
+            b_s = exact_product(tl.trans(b_x), b_y, b_s * b_whole, PRECISION)
+        elif BACKWARD:
             b_s = product(tl.trans(b_x), b_y, b_s * b_whole, PRECISION)
         else:
             # scale (2^total / scale S_0 + kx^T v): one accumulator
@@ -130,107 +122,54 @@ def carry_kernel(seg_ptr, decay_ptr, H, N_SEG, K: tl.constexpr, BK: tl.constexpr
         i_s = i_n
 
 
-@triton.jit
-def safe_scores(
-    p_q, p_f, lb_ptr, mask_ptr, i_h, m_real, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
-    HAS_LB: tl.constexpr, Q_ACT: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """Scores `[C, C]` (GRAD: transposed) by halving, from q and f themselves; entries outside i >= j are 0."""
-    i = tl.arange(0, C)[:, None]
-    j = tl.arange(0, C)[None, :]
-    eye = load_mask(mask_ptr, 0, C)
-    b_a = tl.zeros([C, C], dtype=tl.float32)
-    for k0 in range(0, K, BK):
-        o_k = k0 + tl.arange(0, BK)
-        gamma = tl.load(lb_ptr + i_h * K + o_k)[None, :] if HAS_LB else 0.0
-        b_f = to_accumulator(finite(tl.load(p_f + o_k[None, :], mask=m_real[:, None], other=100.0)), eye)
-        b_q = to_accumulator(tl.load(p_q + o_k[None, :], mask=m_real[:, None], other=0.0), eye)
-        if Q_ACT != 0:
-            b_q = tl.where(m_real[:, None], activate_tile(b_q, Q_ACT), 0.0)
-        _sigma, _minus, b_k, _lam, b_g = gate_tile(b_f, gamma, HAS_LB)
-        b_a += tl.where(i == j, tl.sum(b_q * b_k, axis=1)[:, None], 0.0)
-        for shift in range(0, LOG_C):
-            b_e = masked_sum(load_mask(mask_ptr, 3 + shift, C), b_g, tl.zeros([C, BK], dtype=tl.float32), SPLIT)
-            b_e = fast_exp2(b_e)
-            b_row = b_k * b_e if GRAD else b_q * b_e
-            b_col = b_q * b_e if GRAD else b_k * b_e
-            b_level = product(b_row, tl.trans(b_col), tl.zeros([C, C], dtype=tl.float32), PRECISION)
-            b_a += tl.where(meeting_pairs(shift, C, GRAD), b_level, 0.0)
-    return b_a
-
-
-@triton.jit(do_not_specialize=["T", "NT", "H"])
+@triton.jit(do_not_specialize=["T", "NT", "H", "sign", "has_len", "keep"])
 def chunk_out_kernel(
-    qx_ptr, kx_ptr, q_ptr, f_ptr, v_ptr, y_ptr, lb_ptr, mask_ptr, safe_ptr, states_ptr, o_ptr, da_ptr, diag_ptr,
-    table_ptr, len_ptr,
-    q_stride_b, q_stride_t, q_stride_h, f_stride_b, f_stride_t, f_stride_h, v_stride_b, v_stride_t, v_stride_h,
-    y_stride_b, y_stride_t, y_stride_h,
-    T, NT, H,
-    K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
-    SAFE: tl.constexpr, GRAD: tl.constexpr, REVERSE: tl.constexpr, VARLEN: tl.constexpr, HAS_LEN: tl.constexpr,
-    HAS_LB: tl.constexpr, Q_ACT: tl.constexpr, V_ACT: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr,
+    qx_ptr, kx_ptr, v_ptr, safe_ptr, states_ptr, a_ptr, o_ptr, table_ptr, len_ptr,
+    v_stride_b, v_stride_t, v_stride_h,
+    T, NT, H, sign, has_len, keep,
+    K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr, V_ACT: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Outputs `[B, T, H, V]` (contiguous) of one chunk, head and tile of BV value channels; y is v.
+    """Outputs `[B, T, H, V]` (contiguous) of one chunk, head and tile of BV value channels.
 
-    SAFE: run only the safe chunks and heads, else only the others. GRAD: the gradient of v in the place of the output,
-    y is do, the states are their gradient; da_ptr `[NC, H, C, C]` and diag_ptr `[NC, H, C]` take the scores' gradient
-    do v^T for the gradient kernel, below the diagonal and on it.
+    Scores a_ptr `[NC, H, C, C]`: read where safe, else written for the backward, unless keep is 0.
     """
     pid = tl.program_id(0)
     i_v = pid % (K // BV)
     i_h = ((pid // (K // BV)) % H).to(tl.int64)
     c = pid // ((K // BV) * H)
     p_ch = c.to(tl.int64) * H + i_h
-    n, b, t0, rows, _first, _last = locate(c, table_ptr, T, NT, C, REVERSE, VARLEN)
-    if (rows <= 0) | ((tl.load(safe_ptr + p_ch) != 0) != SAFE):
+    _n, b, t0, rows, _first, _last, length = locate(c, table_ptr, len_ptr, T, NT, sign, has_len, C, VARLEN)
+    if rows <= 0:
         return
+    safe = tl.load(safe_ptr + p_ch) != 0
     t64 = t0.to(tl.int64)
-    o_t, m_in, m_real = row_masks(t0, rows, n, len_ptr, C, REVERSE, HAS_LEN)
+    o_t, m_in, m_real = row_masks(t0, rows, length, sign, C)
     o_c = tl.arange(0, C)
     o_v = i_v * BV + tl.arange(0, BV)
     i = o_c[:, None]
     j = o_c[None, :]
     p_tile = p_ch * C * K + o_c[:, None] * K
     p_v = v_ptr + b * v_stride_b + t64 * v_stride_t + i_h * v_stride_h + o_t[:, None] * v_stride_t
-    p_y = y_ptr + b * y_stride_b + t64 * y_stride_t + i_h * y_stride_h + o_t[:, None] * y_stride_t
     b_o = tl.zeros([C, BV], dtype=tl.float32)
     b_a = tl.zeros([C, C], dtype=tl.float32)
     for k0 in tl.range(0, K, BK, num_stages=STAGES):
         o_k = k0 + tl.arange(0, BK)
-        b_x = tl.load((kx_ptr if GRAD else qx_ptr) + p_tile + o_k[None, :])
+        b_x = tl.load(qx_ptr + p_tile + o_k[None, :])
         b_s = tl.load(states_ptr + p_ch * K * K + o_k[:, None] * K + o_v[None, :])
-        if not SAFE:
-            b_z = tl.load((qx_ptr if GRAD else kx_ptr) + p_tile + o_k[None, :])
-            b_a = product(b_x, tl.trans(b_z), b_a, PRECISION)
+        b_z = tl.load(kx_ptr + p_tile + o_k[None, :])
+        b_a = product(b_x, tl.trans(b_z), b_a, PRECISION)
         b_o = product(b_x, b_s, b_o, PRECISION)
-    if SAFE:
-        p_q = q_ptr + b * q_stride_b + t64 * q_stride_t + i_h * q_stride_h + o_t[:, None] * q_stride_t
-        p_f = f_ptr + b * f_stride_b + t64 * f_stride_t + i_h * f_stride_h + o_t[:, None] * f_stride_t
-        b_a = safe_scores(
-            p_q, p_f, lb_ptr, mask_ptr, i_h, m_real, K, BK, C, LOG_C, HAS_LB, Q_ACT, GRAD, PRECISION, SPLIT
-        )
-    b_a = tl.where((j >= i) if GRAD else (i >= j), b_a, 0.0)
-    b_y = tl.load(p_y + o_v[None, :], mask=m_real[:, None], other=0.0)
-    if V_ACT != 0 and not GRAD:
-        b_y = tl.where(m_real[:, None], activate_tile(b_y.to(tl.float32), V_ACT), 0.0)
-    b_o = product(b_a, b_y, b_o, PRECISION)
-    if GRAD:
-        if V_ACT != 0:
-            b_raw = tl.load(p_v + o_v[None, :], mask=m_real[:, None], other=0.0).to(tl.float32)
-            b_o *= activate_grad_tile(b_raw, V_ACT)
-        b_o = tl.where(m_real[:, None], b_o, 0.0)
+    p_a = a_ptr + p_ch * C * C + i * C + j
+    b_a = tl.where(i >= j, b_a, 0.0)
+    if safe:
+        b_a = tl.load(p_a).to(tl.float32)
+    elif keep != 0:
+        if i_v == 0:
+            tl.store(p_a, b_a.to(a_ptr.dtype.element_ty))
+    b_v = tl.load(p_v + o_v[None, :], mask=m_real[:, None], other=0.0)
+    if V_ACT != 0:
+        b_v = tl.where(m_real[:, None], activate_tile(b_v.to(tl.float32), V_ACT), 0.0)
+    b_o = product(b_a, b_v, b_o, PRECISION)
     p_o = o_ptr + ((b * T + t64) * H + i_h) * K + o_t[:, None] * (H * K) + o_v[None, :]
     tl.store(p_o, b_o.to(o_ptr.dtype.element_ty), mask=m_in[:, None])
-    if GRAD:  # noqa: SIM102 (a constant: the other kernel has no da_ptr)
-        if i_v == 0:
-            b_da = tl.zeros([C, C], dtype=tl.float32)
-            for v0 in range(0, K, BV):
-                o_w = v0 + tl.arange(0, BV)[None, :]
-                b_y = tl.load(p_y + o_w, mask=m_real[:, None], other=0.0)
-                b_w = tl.load(p_v + o_w, mask=m_real[:, None], other=0.0)
-                if V_ACT != 0:
-                    b_w = tl.where(m_real[:, None], activate_tile(b_w.to(tl.float32), V_ACT), 0.0)
-                b_da = product(b_y, tl.trans(b_w), b_da, PRECISION)
-            tl.store(da_ptr + p_ch * C * C + i * C + j, tl.where(i > j, b_da, 0.0).to(da_ptr.dtype.element_ty))
-            tl.store(diag_ptr + p_ch * C + o_c, tl.sum(tl.where(i == j, b_da, 0.0), axis=1))

@@ -1,15 +1,23 @@
-"""Start a Triton kernel with little work for the host; Triton looking up a compiled kernel costs more than a launch."""
+"""Plans: everything about a call but its addresses, worked out once, so that the host only fills them in and launches.
+
+The first call of a kind goes through Triton with tensors; later ones start the compiled kernels with bare addresses.
+"""
+
+import operator
 
 import torch
+from torch import Tensor
 
 from hgrn2.ops import tiles
 
 _compiled = {}
+# plans are small, but every new length makes some
+_MOST_PLANS = 512
 
 
-def kinds(tensors: tuple[torch.Tensor | None, ...]) -> tuple:
+def kinds(tensors: tuple[Tensor | None, ...]) -> tuple:
     """What Triton compiles different code for in the tensors of a call: absence, dtype, alignment, kinds of strides."""
-    found = [] if tiles.INTERPRET else [torch.cuda.current_device()]
+    found = [0 if tiles.INTERPRET else torch.cuda.current_device()]
     for x in tensors:
         if x is None:
             found.append(None)
@@ -19,21 +27,89 @@ def kinds(tensors: tuple[torch.Tensor | None, ...]) -> tuple:
     return tuple(found)
 
 
-def launch(kernel, programs: int, args: tuple, constants: dict, warps: int, key: tuple) -> None:
-    """Run `programs` programs of a jitted kernel; args come first in its signature, constants after them.
+class Slots:
+    """Where the tensors that share one buffer lie in it: name -> (offset in bytes, bytes, shape, dtype)."""
 
-    key: `kinds` of all tensors that come from a caller. Fresh ones are aligned, and all other integers in args must be
-    ones that the kernel does not specialise on, below 2^31.
+    def __init__(self):
+        self.of, self.size = {}, 0
+
+    def add(self, name: str, shape: tuple, dtype: torch.dtype) -> None:
+        count = dtype.itemsize
+        for size in shape:
+            count = count * size
+        offset = (self.size + 15) // 16 * 16
+        self.of[name] = offset, count, shape, dtype
+        self.size = offset + count
+
+    def view(self, buffer: Tensor, name: str) -> Tensor:
+        """One of the tensors in a buffer of `size` bytes."""
+        offset, count, shape, dtype = self.of[name]
+        return buffer[offset : offset + count].view(dtype).view(shape)
+
+
+class Plan:
+    """The launches of one kind of call, in order; `key` is `kinds` of all tensors that come from the caller.
+
+    In every kernel's signature pointers come first. Fresh tensors are aligned, and integers that come from anywhere but
+    a tensor's strides are ones that the kernel does not specialise on, or multiples of 16.
     """
-    if tiles.INTERPRET:
-        kernel[(programs,)](*args, **constants, num_warps=warps)
-        return
-    key = (id(kernel), warps, key, *constants.values())
-    found = _compiled.get(key)
-    if found is None:
-        compiled = kernel[(programs,)](*args, **constants, num_warps=warps)
-        names = [parameter.name for parameter in kernel.params[len(args) :]]
-        _compiled[key] = compiled, [constants[name] for name in names]
-        return
-    compiled, values = found
-    compiled[(programs, 1, 1)](*args, *values)
+
+    def __init__(self, key: tuple):
+        self.key, self.steps, self.launches = key, [], None
+
+    def add(self, kernel, programs: int, warps: int, values: dict, **tensors: str) -> None:
+        """Launch `programs` programs of a kernel, with integers and constants from `values`.
+
+        tensors: the plan's names for the kernel's pointers, where they differ; "none" is absent.
+        """
+        names = kernel.arg_names
+        count = sum(name.endswith("_ptr") for name in names)
+        pointers = [tensors.get(name[:-4], name[:-4]) for name in names[:count]]
+        self.steps.append((kernel, programs, warps, pointers, tuple(values[name] for name in names[count:])))
+
+    def run(self, tensors: dict[str, Tensor | None], *buffers: tuple[Slots, Tensor]) -> None:
+        """Launch everything; `tensors` and the slots of `buffers` together hold all names."""
+        if self.launches is None and not self._resolve():
+            self._compile({"none": None} | tensors | {n: s.view(b, n) for s, b in buffers for n in s.of})
+            return
+        found = {name: None if x is None else x.data_ptr() for name, x in tensors.items()}
+        found["none"] = None
+        for slots, buffer in buffers:
+            base = buffer.data_ptr()
+            for name, slot in slots.of.items():
+                found[name] = base + slot[0]
+        stream = torch._C._cuda_getCurrentRawStream(self.key[0])
+        for programs, run, function, metadata, take, rest in self.launches:
+            run(programs, 1, 1, stream, function, metadata, None, None, None, *take(found), *rest)
+
+    def _kind(self, kernel, warps: int, rest: tuple) -> tuple:
+        parameters = kernel.params[len(kernel.params) - len(rest) :]
+        return id(kernel), warps, self.key, *(x for x, p in zip(rest, parameters, strict=True) if p.is_constexpr)
+
+    def _resolve(self) -> bool:
+        """Take the kernels that other plans have compiled, if those are all."""
+        if tiles.INTERPRET:
+            return False
+        launches = []
+        for kernel, programs, warps, pointers, rest in self.steps:
+            run = _compiled.get(self._kind(kernel, warps, rest))
+            if run is None:
+                return False
+            launches.append((programs, *run, operator.itemgetter(*pointers), rest))
+        self.launches = launches
+        return True
+
+    def _compile(self, tensors: dict[str, Tensor | None]) -> None:
+        for kernel, programs, warps, pointers, rest in self.steps:
+            found = kernel[(programs,)](*(tensors[name] for name in pointers), *rest, num_warps=warps)
+            if not tiles.INTERPRET:
+                _compiled[self._kind(kernel, warps, rest)] = found.run, found.function, found.packed_metadata
+
+
+class Plans(dict):
+    """Plans by call; forgets all of them when there are too many."""
+
+    def __setitem__(self, key, plan) -> None:
+        if len(self) >= _MOST_PLANS:
+            self.clear()
+        super().__setitem__(key, plan)

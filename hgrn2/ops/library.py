@@ -20,14 +20,13 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LIBRARY = torch.library.Library("hgrn2", "FRAGMENT")
 _LIBRARY.define(
     "chunk_scan(Tensor q, Tensor f, Tensor v, Tensor? lower_bound, Tensor? initial_state, Tensor? lengths, "
-    "Tensor? cu_seqlens, bool reverse, bool output_final_state, int q_act, int v_act, float? fast_limit) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? cu_seqlens, bool reverse, bool output_final_state, int q_act, int v_act, float? fast_limit, "
+    "bool initial_grad) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
     "chunk_scan_backward(Tensor do, Tensor? d_final, Tensor q, Tensor f, Tensor v, Tensor? lower_bound, "
-    "Tensor? lengths, Tensor qx, Tensor kx, Tensor ex, Tensor total, Tensor safe, Tensor states, Tensor table, "
-    "bool reverse, int q_act, int v_act, bool lower_bound_grad, int initial_rows) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? lengths, Tensor saved, Tensor table, bool reverse, int q_act, int v_act, bool lower_bound_grad, "
+    "int initial_rows) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -37,63 +36,56 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _int32(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.to(torch.int32)
+    return None if x is None else x.to(torch.int32).contiguous()
 
 
 def _scan(
     q, f, v, lower_bound, initial_state, lengths, cu_seqlens,
-    reverse, output_final_state, q_act, v_act, fast_limit,
+    reverse, output_final_state, q_act, v_act, fast_limit, initial_grad,
 ):  # fmt: skip
     from hgrn2.ops import chunk  # needs Triton
 
-    o, final, saved = chunk.forward(
+    o, final, saved, table = chunk.forward(
         _rows(q), _rows(f), _rows(v), lower_bound, initial_state, _int32(lengths), cu_seqlens,
-        reverse, output_final_state, q_act, v_act, fast_limit,
+        reverse, output_final_state, q_act, v_act, fast_limit, exact=initial_grad,
     )  # fmt: skip
     final = q.new_empty(0, dtype=torch.float32) if final is None else final
-    table = q.new_empty((0, 4), dtype=torch.int32) if saved.table is None else saved.table
-    return o, final, saved.qx, saved.kx, saved.ex, saved.total, saved.safe, saved.states, table
+    return o, final, saved, q.new_empty((0, 4), dtype=torch.int32) if table is None else table
 
 
 def _scan_fake(
     q, f, v, lower_bound, initial_state, lengths, cu_seqlens,
-    reverse, output_final_state, q_act, v_act, fast_limit,
+    reverse, output_final_state, q_act, v_act, fast_limit, initial_grad,
 ):  # fmt: skip
-    from hgrn2.ops.chunk import count_chunks
+    from hgrn2.ops.chunk import count_chunks, saved_slots
 
     batch, time, heads, dim = q.shape
     documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chunks = count_chunks(batch, time, dim, q.dtype, documents)
-    size, dtype = tiles.tiles_for(dim, q.dtype).chunk, tiles.product_dtype(q.dtype)
     rows = batch if documents is None else documents
     final = q.new_empty((rows, heads, dim, dim) if output_final_state else (0,), dtype=torch.float32)
-    factors = (q.new_empty((chunks, heads, size, dim), dtype=dtype) for _ in range(3))
-    total = q.new_empty((chunks, heads, dim), dtype=torch.float32)
-    safe = q.new_empty((chunks, heads), dtype=torch.int32)
-    states = q.new_empty((chunks, heads, dim, dim), dtype=dtype)
+    saved = q.new_empty(saved_slots(chunks, heads, dim, q.dtype, True, initial_grad).size, dtype=torch.uint8)
     table = q.new_empty((0 if documents is None else chunks, 4), dtype=torch.int32)
-    return q.new_empty(q.shape), final, *factors, total, safe, states, table
+    return q.new_empty(q.shape), final, saved, table
 
 
 def _scan_backward(
-    do, d_final, q, f, v, lower_bound, lengths, qx, kx, ex, total, safe, states, table,
-    reverse, q_act, v_act, lower_bound_grad, initial_rows,
+    do, d_final, q, f, v, lower_bound, lengths, saved, table, reverse, q_act, v_act, lower_bound_grad, initial_rows
 ):  # fmt: skip
     from hgrn2.ops import chunk
 
-    saved = chunk.Saved(qx, kx, ex, total, safe, states, table if table.shape[0] else None)
     d_final = None if d_final is None else d_final.contiguous()
     dq, df, dv, d_bound, d_initial = chunk.backward(
-        _rows(do), d_final, _rows(q), _rows(f), _rows(v), lower_bound, _int32(lengths), saved, reverse, q_act, v_act,
-        lower_bound_grad, initial_rows if initial_rows >= 0 else None,
+        _rows(do), d_final, _rows(q), _rows(f), _rows(v), lower_bound, _int32(lengths), saved,
+        table if table.shape[0] else None, reverse, q_act, v_act, lower_bound_grad,
+        initial_rows if initial_rows >= 0 else None,
     )  # fmt: skip
     empty = functools.partial(q.new_empty, 0, dtype=torch.float32)
     return dq, df, dv, empty() if d_bound is None else d_bound, empty() if d_initial is None else d_initial
 
 
 def _scan_backward_fake(
-    do, d_final, q, f, v, lower_bound, lengths, qx, kx, ex, total, safe, states, table,
-    reverse, q_act, v_act, lower_bound_grad, initial_rows,
+    do, d_final, q, f, v, lower_bound, lengths, saved, table, reverse, q_act, v_act, lower_bound_grad, initial_rows
 ):  # fmt: skip
     heads, dim = q.shape[2:]
     d_bound = q.new_empty((heads, dim) if lower_bound_grad else (0,), dtype=torch.float32)
@@ -102,18 +94,18 @@ def _scan_backward_fake(
 
 
 def _save(ctx, inputs, output) -> None:
-    q, f, v, lower_bound, initial_state, lengths, _, reverse, ctx.has_final, q_act, v_act, _ = inputs
+    q, f, v, lower_bound, initial_state, lengths, _, reverse, ctx.has_final, q_act, v_act, _, initial_grad = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, f, v, lower_bound, lengths, *output[2:])
     ctx.options = (reverse, q_act, v_act)
-    ctx.initial_rows = initial_state.shape[0] if initial_state is not None and ctx.needs_input_grad[4] else -1
+    ctx.initial_rows = initial_state.shape[0] if initial_grad else -1
 
 
 def _differentiate(ctx, do, d_final, *_):
     q, f, v, lower_bound, lengths, *saved = ctx.saved_tensors
     d_final = d_final if ctx.has_final else None  # else it belongs to an empty tensor
     if do is None and d_final is None:
-        return (None,) * 12
+        return (None,) * 13
     if do is None:
         do = torch.zeros_like(v)
     bound_grad = lower_bound is not None and ctx.needs_input_grad[3]
@@ -122,7 +114,7 @@ def _differentiate(ctx, do, d_final, *_):
     )
     d_bound = d_bound if bound_grad else None
     d_initial = d_initial if ctx.initial_rows >= 0 else None
-    return dq, df, dv, d_bound, d_initial, *(None,) * 7
+    return dq, df, dv, d_bound, d_initial, *(None,) * 8
 
 
 class _Eager(torch.autograd.Function):
@@ -136,15 +128,12 @@ class _Eager(torch.autograd.Function):
         from hgrn2.ops import chunk
 
         q, f, v, lengths = _rows(q), _rows(f), _rows(v), _int32(lengths)
-        o, final, saved = chunk.forward(
+        o, final, saved, table = chunk.forward(
             q, f, v, lower_bound, initial_state, lengths, cu_seqlens,
-            reverse, output_final_state, q_act, v_act, fast_limit,
+            reverse, output_final_state, q_act, v_act, fast_limit, any(ctx.needs_input_grad), ctx.needs_input_grad[4],
         )  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            q, f, v, lower_bound, lengths,
-            saved.qx, saved.kx, saved.ex, saved.total, saved.safe, saved.states, saved.table,
-        )  # fmt: skip
+        ctx.save_for_backward(q, f, v, lower_bound, lengths, saved, table)
         ctx.options = (reverse, q_act, v_act)
         ctx.initial_rows = initial_state.shape[0] if ctx.needs_input_grad[4] else None
         return o, final
@@ -155,21 +144,20 @@ class _Eager(torch.autograd.Function):
 
         if do is None and d_final is None:
             return (None,) * 12
-        q, f, v, lower_bound, lengths, *saved = ctx.saved_tensors
+        q, f, v, lower_bound, lengths, saved, table = ctx.saved_tensors
         do = torch.zeros_like(v) if do is None else _rows(do)
         d_final = None if d_final is None else d_final.contiguous()
         if torch.is_grad_enabled():  # create_graph: the op knows what to say if it comes to a second derivative
-            table = q.new_empty((0, 4), dtype=torch.int32) if saved[-1] is None else saved[-1]
+            table = q.new_empty((0, 4), dtype=torch.int32) if table is None else table
             rows = -1 if ctx.initial_rows is None else ctx.initial_rows
             *grads, d_bound, d_initial = torch.ops.hgrn2.chunk_scan_backward(
-                do, d_final, q, f, v, lower_bound, lengths, *saved[:-1], table,
-                *ctx.options, ctx.needs_input_grad[3], rows,
+                do, d_final, q, f, v, lower_bound, lengths, saved, table, *ctx.options, ctx.needs_input_grad[3], rows
             )  # fmt: skip
             grads += [d_bound if ctx.needs_input_grad[3] else None, d_initial if rows >= 0 else None]
             return *grads, *(None,) * 7
         grads = chunk.backward(
-            do, d_final, q, f, v, lower_bound, lengths, chunk.Saved(*saved),
-            *ctx.options, ctx.needs_input_grad[3], ctx.initial_rows,
+            do, d_final, q, f, v, lower_bound, lengths, saved, table,
+            *ctx.options, ctx.needs_input_grad[3], ctx.initial_rows, packed=True,
         )  # fmt: skip
         return *grads, *(None,) * 7
 
@@ -262,9 +250,13 @@ def triton_scan(
         lower_bound = lower_bound.float().contiguous()
     if initial_state is not None:
         initial_state = initial_state.float().contiguous()
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    o, final, *_ = (torch.ops.hgrn2.chunk_scan if traced else _Eager.apply)(
+    args = (
         q, f, v, lower_bound, initial_state, lengths, cu_seqlens, reverse, output_final_state,
         ACTIVATIONS.index(q_act), ACTIVATIONS.index(v_act), fast_limit,
     )  # fmt: skip
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        initial_grad = initial_state is not None and initial_state.requires_grad
+        o, final, *_ = torch.ops.hgrn2.chunk_scan(*args, initial_grad)
+    else:
+        o, final = _Eager.apply(*args)
     return o, final if output_final_state else None

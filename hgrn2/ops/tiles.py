@@ -32,32 +32,37 @@ class Tiles:
     chunk: int
     factor: Kernel
     state: Kernel
+    score: Kernel
     out: Kernel
     dv: Kernel
     grad: Kernel
+    safe_grad: Kernel
 
 
-def _tiles(chunk: int, dim: int, state: tuple, out: tuple, dv: tuple, grad: tuple) -> Tiles:
+def _tiles(chunk: int, dim: int, state: tuple, out: tuple, dv: tuple, grad: tuple, safe: tuple) -> Tiles:
     factor = Kernel(max(128, dim), 4, max(128, dim) // 128, 2)
-    return Tiles(chunk, factor, Kernel(*state), Kernel(*out), Kernel(*dv), Kernel(*grad))
+    score = Kernel(grad[0], grad[0], grad[2])
+    return Tiles(
+        chunk, factor, Kernel(*state), score, Kernel(*out), Kernel(*dv), Kernel(*grad), Kernel(*safe)
+    )  # fmt: skip
 
 
 # bf16 inputs: bf16 products. Hopper's own products (64 rows) raced on the device in tiles narrower than 64 columns
 # (Triton 3.6): small head dims take chunks of 32, which run the older ones.
 _BF16 = {
-    16: _tiles(32, 16, (16, 16, 1, 2), (16, 16, 1), (16, 16, 1), (16, 16, 1)),
-    32: _tiles(32, 32, (32, 32, 1, 2), (32, 32, 1), (32, 32, 1), (32, 32, 1)),
-    64: _tiles(64, 64, (64, 64, 4, 2), (64, 64, 4), (64, 64, 4), (64, 64, 4)),
-    128: _tiles(64, 128, (64, 128, 4, 3), (64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2)),
-    256: _tiles(64, 256, (64, 128, 4, 3), (64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2)),
+    16: _tiles(32, 16, (16, 16, 1, 2), (16, 16, 1), (16, 16, 1), (16, 16, 1), (16, 16, 1)),
+    32: _tiles(32, 32, (32, 32, 1, 2), (32, 32, 1), (32, 32, 1), (32, 32, 1), (32, 32, 1)),
+    64: _tiles(64, 64, (64, 64, 4, 2), (64, 64, 4), (64, 64, 4), (64, 64, 4), (64, 64, 4)),
+    128: _tiles(64, 128, (64, 128, 4, 3), (64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+    256: _tiles(64, 256, (64, 128, 4, 3), (64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
 }
 # fp32 operands: three tf32 products for fp32 inputs, one for fp16 (whose range the factors would leave)
 _FP32 = {
-    16: _tiles(32, 16, (16, 16, 4), (16, 16, 4), (16, 16, 4), (16, 16, 4)),
-    32: _tiles(32, 32, (32, 32, 4), (32, 32, 4), (32, 32, 4), (32, 32, 4)),
-    64: _tiles(32, 64, (32, 64, 4), (32, 64, 4), (32, 64, 4), (32, 32, 4)),
-    128: _tiles(32, 128, (32, 64, 4), (32, 64, 4), (32, 64, 4), (32, 32, 4)),
-    256: _tiles(32, 256, (32, 64, 4), (32, 64, 4), (32, 64, 4), (32, 32, 4)),
+    16: _tiles(32, 16, (16, 16, 4), (16, 16, 4), (16, 16, 4), (16, 16, 4), (16, 16, 4)),
+    32: _tiles(32, 32, (32, 32, 4), (32, 32, 4), (32, 32, 4), (32, 32, 4), (32, 32, 4)),
+    64: _tiles(32, 64, (32, 64, 4), (32, 64, 4), (32, 64, 4), (32, 32, 4), (32, 32, 4)),
+    128: _tiles(32, 128, (32, 64, 4), (32, 64, 4), (32, 64, 4), (32, 32, 4), (32, 32, 4)),
+    256: _tiles(32, 256, (32, 64, 4), (32, 64, 4), (32, 64, 4), (32, 32, 4), (32, 32, 4)),
 }
 
 
@@ -66,21 +71,22 @@ def tiles_for(head_dim: int, dtype: torch.dtype) -> Tiles:
     return (_BF16 if dtype == torch.bfloat16 else _FP32)[int(head_dim)]
 
 
-def arithmetic(dtype: torch.dtype) -> tuple[str, int]:
-    """PRECISION of products and SPLIT of decay sums (see `chunk_common`)."""
+def arithmetic(dtype: torch.dtype) -> tuple[str, int, int]:
+    """PRECISION of products, SPLIT of decay sums and SUB, where safe scores stop to halve (see `chunk_common`)."""
     if dtype == torch.bfloat16:
-        return "bf16", 2
+        return "bf16", 2, 4
     if INTERPRET:
-        return "ieee", 0
-    return ("tf32" if dtype == torch.float16 else "tf32x3"), 3
+        return "ieee", 0, 0
+    return ("tf32", 3, 4) if dtype == torch.float16 else ("tf32x3", 3, 0)
 
 
 @functools.cache
 def sum_masks(chunk: int, device: torch.device) -> torch.Tensor:
-    """`[3 + 2 log2 C, C, C]` masks of 0 and 1 for sums over a chunk's tokens, rows by rows summed.
+    """`[7 + 3 log2 C, C, C]` masks for sums over a chunk's tokens, rows by rows summed; 0 and 1 but for one.
 
     0: the token itself; 1: it and later ones; 2: earlier ones; then per halving level (smallest first) the tokens on
-    the way to the boundary (see `chunk_common`), and their transposes.
+    the way to the boundary (see `chunk_common`), and their transposes; within blocks of 16, it and later ones; and
+    half the sum up to the token less half the sum after it. Then 2 + log2 C copies of the first.
     """
     i, j = torch.arange(chunk)[:, None], torch.arange(chunk)[None, :]
     masks = [i == j, j >= i, j < i]
@@ -89,7 +95,10 @@ def sum_masks(chunk: int, device: torch.device) -> torch.Tensor:
         half = i >> shift
         levels.append((half == j >> shift) & torch.where(half % 2 == 1, j <= i, j > i))
     masks += levels + [x.T for x in levels]
-    return torch.stack(masks).to(torch.float32 if INTERPRET else torch.bfloat16).to(device)
+    block = i // 16 == j // 16
+    masks += [block & (j >= i), block * torch.where(j <= i, 0.5, -0.5)] + [i == j] * (2 + len(levels))
+    dtype = torch.float32 if INTERPRET else torch.bfloat16
+    return torch.stack([x.to(dtype) for x in masks]).to(device)
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -33,6 +33,18 @@ else:
 
     NAMES = ("q", "f", "v", "lower_bound", "initial_state")
 
+    @pytest.fixture
+    def split_early(monkeypatch):
+        """Call it to have sequences split into segments of two chunks."""
+
+        def set_it():
+            monkeypatch.setattr(chunk, "_MIN_SPLIT", 4)
+            monkeypatch.setattr(chunk, "_multiprocessors", lambda _: 64)
+            monkeypatch.setattr(chunk, "_forward_plans", {})
+            monkeypatch.setattr(chunk, "_backward_plans", {})
+
+        return set_it
+
     def draw(batch=1, time=40, heads=2, dim=16, mean=0.0, rows=None):
         q, v = torch.randn(2, batch, time, heads, dim)
         f = torch.randn(batch, time, heads, dim) + mean
@@ -86,8 +98,9 @@ else:
     @pytest.mark.parametrize(("mean", "safe"), [(-8.0, 1), (8.0, 0)])
     def test_which_scores_run(mean, safe):
         q, f, v, gamma, _ = draw(time=64, mean=mean)
-        _, _, saved = chunk.forward(q, f, v, 0.01 * gamma, None, None, None, False, False, 0, 0)
-        assert saved.safe.unique().tolist() == [safe]
+        saved = chunk.forward(q, f, v, 0.01 * gamma, None, None, None, False, False, 0, 0)[2]
+        slots = chunk.saved_slots(2, 2, 16, torch.float32, True, False)
+        assert slots.view(saved, "safe").unique().tolist() == [safe]
 
     @pytest.mark.parametrize("bound", [None, 0.0, 1e-3])
     def test_extreme_gates(bound):
@@ -123,18 +136,16 @@ else:
             assert not again[name][padded].any()
 
     @pytest.mark.parametrize("reverse", [False, True])
-    def test_documents(reverse, monkeypatch):
+    def test_documents(reverse, split_early):
         bounds = torch.tensor([0, 0, 40, 41, 100, 100, 110], dtype=torch.int32)
         inputs = draw(time=110, heads=1, rows=6)
         check(inputs, cu_seqlens=bounds, reverse=reverse)
         # segments of two chunks, whose ends are no document's ends
-        monkeypatch.setattr(chunk, "_MIN_SPLIT", 4)
-        monkeypatch.setattr(chunk, "_multiprocessors", lambda _: 64)
+        split_early()
         check(inputs, cu_seqlens=bounds, reverse=reverse)
 
-    def test_split_sequences(monkeypatch):
-        monkeypatch.setattr(chunk, "_MIN_SPLIT", 4)
-        monkeypatch.setattr(chunk, "_multiprocessors", lambda _: 64)
+    def test_split_sequences(split_early):
+        split_early()
         check(draw(batch=2, time=140, heads=1))
 
     def test_views_of_a_packed_projection():
@@ -170,7 +181,7 @@ else:
         q, f, v, gamma, state = (x.requires_grad_() for x in draw(time=20, heads=1))
         lengths = None if options[0] is None else torch.tensor([12], dtype=torch.int32)
         bounds = None if options[1] is None else torch.tensor([0, 20], dtype=torch.int32)
-        args = (q, f, v, gamma, state, lengths, bounds, *options[2:], 1, 0, None)
+        args = (q, f, v, gamma, state, lengths, bounds, *options[2:], 1, 0, None, True)
         torch.library.opcheck(torch.ops.hgrn2.chunk_scan.default, args)
 
     def test_no_second_derivative_no_vmap():
