@@ -12,6 +12,45 @@ from hgrn2.ops import hgrn2_scan, hgrn2_scan_2d, hgrn2_step
 from hgrn2.ops.gates import forget_gate
 
 
+class _Unpack(torch.autograd.Function):
+    """`packed.unbind(-3)`; gradients that are the slots of one packed tensor already are handed on without a copy."""
+
+    @staticmethod
+    def forward(ctx, packed: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.shape = packed.shape
+        return packed.unbind(-3)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None) -> Tensor:
+        whole = None if torch.is_grad_enabled() else _packed(grads, ctx.shape)
+        if whole is None:
+            some = next(x for x in grads if x is not None)
+            whole = torch.stack([torch.zeros_like(some) if x is None else x for x in grads], dim=-3)
+        return whole
+
+
+def _packed(slots: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor | None:
+    """The contiguous tensor of `shape` `[..., N, H, K]` whose slots `[..., H, K]` these are, in order, or None."""
+    first = slots[0]
+    if first is None:
+        return None
+    whole = [1]
+    for size in shape[:0:-1]:
+        whole.insert(0, whole[0] * size)
+    row = whole[-3]
+    for i, x in enumerate(slots):
+        if (
+            x is None
+            or x.stride() != (*whole[:-3], *whole[-2:])
+            or x.dtype != first.dtype
+            or x.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            or x.storage_offset() != first.storage_offset() + i * row
+        ):
+            return None
+    return first.as_strided(shape, whole)
+
+
 class HGRN2Mixer(nn.Module):
     """`out_proj(norm(scan(q, f, v)))`; parameter names and the packed V, Q, F order are those of the authors' module
     (Doraemonzzz/hgru2-pytorch), so its weights load as they are."""
@@ -26,7 +65,8 @@ class HGRN2Mixer(nn.Module):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`[..., D]` -> q, f, v `[..., H, K]`, views of one packed projection."""
         packed = self.in_proj(x).unflatten(-1, (3, self.config.heads, self.config.expand_ratio))
-        v, q, f = packed.unbind(-3)
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        v, q, f = packed.unbind(-3) if traced else _Unpack.apply(packed)
         return q, f, v
 
     def forward(

@@ -9,9 +9,9 @@ one leaving it; A the scores, dA = do v^T. In terms of the factors, "intra" over
 
 The gradient of log lam_t gathers what crosses t: qx dqx through the state from tokens at or after t, kx dkx through the
 state from tokens before t, the state that crosses the whole chunk, and every intra pair i >= t > j. Sums that only add
-crossing terms lose nothing to cancellation; fast chunks, and safe ones within blocks, take the last kind as a difference
-of qx dqx and kx dkx summed from the end, where pairs on one side of t cancel: exactly so only if both are made of the
-same rounded factors. The diagonal has no decay and is left out of both.
+crossing terms lose nothing to cancellation; fast chunks, and safe ones within blocks, take the last kind as a
+difference of qx dqx and kx dkx summed from the end, where pairs on one side of t cancel: exactly so only if both are
+made of the same rounded factors. The diagonal has no decay and is left out of both.
 """
 
 import triton
@@ -180,7 +180,5 @@ def chunk_grad_kernel(
     p_out = (b * T + t64) * g_stride_t + i_h * K + o_t[:, None] * g_stride_t + o_k[None, :]
     tl.store(dq_ptr + p_out, b_dq.to(dq_ptr.dtype.element_ty), mask=m_in[:, None])
     b_dg += b_cross[None, :]
-    b_df = logit_gradient(
-        to_accumulator(b_f, eye), gamma, b_dg, b_dk, m_real, dlb_ptr, p_ch * K + o_k, HAS_LB, LB_GRAD
-    )
+    b_df = logit_gradient(to_accumulator(b_f, eye), gamma, b_dg, b_dk, m_real, dlb_ptr, p_ch * K + o_k, HAS_LB, LB_GRAD)
     tl.store(df_ptr + p_out, b_df.to(df_ptr.dtype.element_ty), mask=m_in[:, None])

@@ -164,9 +164,8 @@ def chunk_out_kernel(
     b_a = tl.where(i >= j, b_a, 0.0)
     if safe:
         b_a = tl.load(p_a).to(tl.float32)
-    elif keep != 0:
-        if i_v == 0:
-            tl.store(p_a, b_a.to(a_ptr.dtype.element_ty))
+    elif (keep != 0) & (i_v == 0):
+        tl.store(p_a, b_a.to(a_ptr.dtype.element_ty))
     b_v = tl.load(p_v + o_v[None, :], mask=m_real[:, None], other=0.0)
     if V_ACT != 0:
         b_v = tl.where(m_real[:, None], activate_tile(b_v.to(tl.float32), V_ACT), 0.0)

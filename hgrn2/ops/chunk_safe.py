@@ -66,9 +66,7 @@ def chunk_score_kernel(
         else:
             b_g = tl.maximum(b_g, -BLOCK_LIMIT)
             b_e = masked_sum(load_mask(mask_ptr, 4 + 2 * LOG_C, C), b_g, zero, SPLIT)
-            b_block = product(
-                b_q * decay(b_e, PRECISION), tl.trans(b_k * decay(-b_e, PRECISION)), none, PRECISION
-            )
+            b_block = product(b_q * decay(b_e, PRECISION), tl.trans(b_k * decay(-b_e, PRECISION)), none, PRECISION)
             b_a += tl.where(((i >> SUB) == (j >> SUB)) & (i >= j), b_block, 0.0)
     tl.store(a_ptr + p_ch * C * C + i * C + j, b_a.to(a_ptr.dtype.element_ty))
 

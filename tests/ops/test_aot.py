@@ -17,39 +17,45 @@ triton = pytest.importorskip("triton")
 
 # shared memory one program may have, in bytes
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
-FP32 = {"total_ptr", "lb_ptr", "init_ptr", "final_ptr", "seg_ptr", "decay_ptr", "dlb_ptr", "diag_ptr"}
+FP32 = {"total_ptr", "lb_ptr", "init_ptr", "final_ptr", "seg_ptr", "decay_ptr", "dlb_ptr", "diag_ptr", "qf_ptr"}
 INT32 = {"safe_ptr", "table_ptr", "len_ptr"}
-PRODUCT = {"qx_ptr", "kx_ptr", "ex_ptr", "x_ptr", "states_ptr", "dstates_ptr", "da_ptr"}
+PRODUCT = {"qx_ptr", "kx_ptr", "ex_ptr", "x_ptr", "states_ptr", "dstates_ptr", "a_ptr", "da_ptr"}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+KERNELS = 12
 
 
 def variants(dim: int, dtype: torch.dtype):
     """(label, kernel, constants, absent arguments, warps) of all kernels of one row of the table of tiles."""
-    from hgrn2.ops import chunk_bwd, chunk_factors, chunk_fwd, tiles
+    from hgrn2.ops import chunk_bwd, chunk_factors, chunk_fwd, chunk_safe, tiles
 
     cfg = tiles.tiles_for(dim, dtype)
-    precision, split = tiles.arithmetic(dtype)
-    common = dict(K=dim, C=cfg.chunk, REVERSE=False, VARLEN=False, HAS_LEN=False, PRECISION=precision)
-    acts = dict(HAS_LB=True, Q_ACT=1, V_ACT=1, SPLIT=split, LOG_C=cfg.chunk.bit_length() - 1)
-    absent = ["table_ptr", "len_ptr"]
+    precision, split, sub = tiles.arithmetic(dtype)
+    common = dict(
+        K=dim, C=cfg.chunk, LOG_C=cfg.chunk.bit_length() - 1, SUB=sub, SPLIT=split, VARLEN=False, PRECISION=precision,
+        HAS_LB=True, LB_GRAD=True, Q_ACT=1, V_ACT=1, HAS_INIT=True, HAS_FINAL=True, ACT=0, EXACT=False,
+    )  # fmt: skip
+
+    def variant(label, kernel, t, absent=(), **constants):
+        constants = common | dict(BK=t.bk, BV=t.bv, STAGES=t.stages) | constants
+        constants = {name: constants[name] for name in kernel.arg_names if name in constants}
+        return label, kernel, constants, ["table_ptr", *absent], t.warps
+
     t = cfg.factor
-    constants = dict(BH=max(1, t.bk // dim), BT=t.bv, HAS_LB=True, Q_ACT=1, STAGES=t.stages)
-    yield "factor", chunk_factors.chunk_factor_kernel, common | constants, absent, t.warps
-    t = cfg.state
+    for exact in (False, True):
+        absent = [] if exact else ["qf_ptr"]
+        sizes = dict(BH=max(1, t.bk // dim), BT=t.bv, EXACT=exact)
+        yield variant(f"factor{exact:d}", chunk_factors.chunk_factor_kernel, t, absent, **sizes)
     for mode in (0, 2):
-        for backward in (False, True):
-            constants = dict(BK=t.bk, BV=t.bv, BACKWARD=backward, MODE=mode, HAS_INIT=True, HAS_FINAL=True, ACT=0)
-            gone = absent + (["seg_ptr", "decay_ptr"] if mode == 0 else ["decay_ptr"])
-            constants["STAGES"] = t.stages
-            yield f"state{mode}{backward:d}", chunk_fwd.chunk_state_kernel, common | constants, gone, t.warps
-    for safe in (False, True):
-        for grad, t in ((False, cfg.out), (True, cfg.dv)):
-            constants = acts | dict(BK=t.bk, BV=t.bv, SAFE=safe, GRAD=grad, STAGES=t.stages)
-            gone = absent + ([] if grad else ["da_ptr", "diag_ptr"])
-            yield f"out{safe:d}{grad:d}", chunk_fwd.chunk_out_kernel, common | constants, gone, t.warps
-        t = cfg.grad
-        constants = acts | dict(BK=t.bk, BV=t.bv, SAFE=safe, LB_GRAD=True, STAGES=t.stages)
-        yield f"grad{safe:d}", chunk_bwd.chunk_grad_kernel, common | constants, absent, t.warps
+        absent = ["seg_ptr", "decay_ptr"] if mode == 0 else ["decay_ptr"]
+        for label, backward, exact in (("", False, False), ("_grad", True, False), ("_exact", True, True)):
+            if not (exact and mode):
+                constants = dict(MODE=mode, BACKWARD=backward, EXACT=exact)
+                yield variant(f"state{mode}{label}", chunk_fwd.chunk_state_kernel, cfg.state, absent, **constants)
+    yield variant("score", chunk_safe.chunk_score_kernel, cfg.score)
+    yield variant("out", chunk_fwd.chunk_out_kernel, cfg.out)
+    yield variant("value_grad", chunk_bwd.chunk_value_grad_kernel, cfg.dv)
+    yield variant("grad", chunk_bwd.chunk_grad_kernel, cfg.grad)
+    yield variant("safe_grad", chunk_safe.chunk_safe_grad_kernel, cfg.safe_grad)
 
 
 def compile_for(capability: int, kernel, dtype: torch.dtype, constants: dict, absent: list, warps: int) -> dict:
@@ -65,6 +71,8 @@ def compile_for(capability: int, kernel, dtype: torch.dtype, constants: dict, ab
             signature[name], values[(i,)] = "constexpr", constants.get(name)
         elif name.endswith("_ptr"):
             kind = "fp32" if name in FP32 else "i32" if name in INT32 else product if name in PRODUCT else NAMES[dtype]
+            if name == "x_ptr" and constants["EXACT"]:
+                kind = "fp32"
             signature[name] = "*" + ("bf16" if name == "mask_ptr" else kind)
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
@@ -102,7 +110,7 @@ def check(capability: int, rows: list[str], folder: Path) -> None:
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
-    assert len(report) == 11 * len(rows)
+    assert len(report) == KERNELS * len(rows)
     path = os.environ.get("HGRN2_AOT_REPORT")
     if path:
         known = json.loads(Path(path).read_text()) if Path(path).exists() else {}

@@ -122,7 +122,8 @@ def test_both_kinds_of_scores_run():
     for mean, safe in ((-8.0, 1), (2.0, 0)):
         q, f, v, gamma, _ = draw(time=256, mean=mean)
         saved = chunk.forward(q, f, v, 0.01 * gamma, None, None, None, False, False, 0, 0)[2]
-        assert saved.safe.unique().tolist() == [safe]
+        slots = chunk.saved_slots(chunk.count_chunks(1, 256, 64, BF16, None), 2, 64, BF16, True, False)
+        assert slots.view(saved, "safe").unique().tolist() == [safe]
 
 
 @pytest.mark.parametrize("bound", [None, 0.0, 1e-3])
@@ -151,7 +152,11 @@ def test_bitwise_repeatable_on_poisoned_scratch(dim):
 
 def test_views_of_a_packed_projection():
     packed = torch.randn(2, 300, 3, 2, 128, device="cuda", dtype=BF16, requires_grad=True)
-    hgrn2_scan(*packed.unbind(2), impl="triton")[0].sum().backward()
+    slots = packed.unbind(2)
+    o = hgrn2_scan(*slots, impl="triton")[0]
+    grads = torch.autograd.grad(o.sum(), slots, retain_graph=True)
+    assert len({x.untyped_storage().data_ptr() for x in grads}) == 1
+    o.sum().backward()
     copies = [x.detach().clone().requires_grad_() for x in packed.unbind(2)]
     hgrn2_scan(*copies, impl="triton")[0].sum().backward()
     assert torch.equal(packed.grad, torch.stack([x.grad for x in copies], dim=2))
@@ -181,13 +186,16 @@ def test_compile_checkpoint_and_graphs():
 
 
 def test_nothing_recompiles_for_other_batches_and_lengths():
-    from hgrn2.ops import chunk_bwd, chunk_factors, chunk_fwd
+    from hgrn2.ops import chunk_bwd, chunk_factors, chunk_fwd, chunk_safe
 
     kernels = (
         chunk_factors.chunk_factor_kernel,
         chunk_fwd.chunk_state_kernel,
         chunk_fwd.chunk_out_kernel,
+        chunk_safe.chunk_score_kernel,
+        chunk_bwd.chunk_value_grad_kernel,
         chunk_bwd.chunk_grad_kernel,
+        chunk_safe.chunk_safe_grad_kernel,
     )
 
     def call(batch, time):
@@ -195,6 +203,7 @@ def test_nothing_recompiles_for_other_batches_and_lengths():
         hgrn2_scan(q, f, v, gamma, impl="triton")[0].sum().backward()
         return [sum(len(caches[0]) for caches in kernel.device_caches.values()) for kernel in kernels]
 
+    hgrn2_scan(*draw(dim=128, heads=64)[:3], impl="triton", direction="reverse")  # runs what forward scans run
     first = call(2, 64)
     assert all(call(*size) == first for size in ((1, 1), (3, 77), (2, 129), (1, 1024), (5, 2048)))
 

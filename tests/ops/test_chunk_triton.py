@@ -27,7 +27,9 @@ else:
     from hypothesis import strategies as st
     from torch.utils.checkpoint import checkpoint
 
-    from hgrn2.ops import chunk, hgrn2_scan
+    from hgrn2.config import HGRN2Config
+    from hgrn2.mixer import HGRN2Mixer
+    from hgrn2.ops import chunk, hgrn2_scan, tiles
     from hgrn2.ops.library import triton_scan
     from hgrn2.ops.reference import recurrent_scan
 
@@ -95,6 +97,20 @@ else:
     def test_decays(mean, fast_limit):
         check(draw(time=50, mean=mean), fast_limit=fast_limit)
 
+    @pytest.mark.parametrize(("mean", "spread"), [(0.0, 1.0), (-4.0, 2.0), (-8.0, 1.0), (-20.0, 20.0)])
+    def test_blocks_of_16(mean, spread, monkeypatch):
+        """What 16-bit inputs do in safe chunks, in fp32: as exact as their own rounding at the least."""
+        monkeypatch.setattr(tiles, "arithmetic", lambda _: ("ieee", 0, 4))
+        monkeypatch.setattr(chunk, "_forward_plans", {})
+        monkeypatch.setattr(chunk, "_backward_plans", {})
+        inputs = draw(time=70)
+        inputs[1] = inputs[1] * spread + mean
+        d_out, d_final = torch.randn(inputs[2].shape), torch.randn_like(inputs[4])
+        truth = run(recurrent_scan, inputs, d_out, d_final, torch.float64)
+        got = run(triton_scan, inputs, d_out, d_final, torch.float32, fast_limit=-1.0)
+        for name, want in truth.items():
+            assert (got[name] - want).norm() <= 2e-4 * want.norm(), name
+
     @pytest.mark.parametrize(("mean", "safe"), [(-8.0, 1), (8.0, 0)])
     def test_which_scores_run(mean, safe):
         q, f, v, gamma, _ = draw(time=64, mean=mean)
@@ -156,6 +172,33 @@ else:
         copies = [x.detach().clone().requires_grad_() for x in (q, f, v)]
         triton_scan(*copies)[0].sum().backward()
         assert torch.equal(packed.grad, torch.stack([copies[2].grad, copies[0].grad, copies[1].grad], dim=2))
+
+    def test_mixer_writes_its_gradient_packed():
+        mixer = HGRN2Mixer(HGRN2Config(dim=32, depth=1, expand_ratio=16, impl="triton", q_act="silu"))
+        x = torch.randn(2, 40, 32)
+        slots, whole = [], []
+
+        def watch(module, args, packed):
+            packed.register_hook(whole.append)
+            return packed
+
+        handle = mixer.in_proj.register_forward_hook(watch)
+        o, _ = mixer(x)
+        unpack = o.grad_fn
+        while "Unpack" not in unpack.name():
+            unpack = next(fn for fn, _ in unpack.next_functions if fn is not None and "Accumulate" not in fn.name())
+        unpack.register_prehook(lambda grads: slots.extend(grads))
+        o.sum().backward()
+        handle.remove()
+        assert {g.untyped_storage().data_ptr() for g in slots} == {whole[0].untyped_storage().data_ptr()}
+        grad = mixer.in_proj.weight.grad.clone()
+        mixer.zero_grad()
+        compiled = torch.compile(lambda x: mixer(x)[0], fullgraph=True, backend="aot_eager")
+        compiled(x).sum().backward()
+        torch.testing.assert_close(mixer.in_proj.weight.grad, grad)
+        mixer.zero_grad()
+        checkpoint(lambda x: mixer(x)[0], x, use_reentrant=False).sum().backward()
+        assert torch.equal(mixer.in_proj.weight.grad, grad)
 
     @pytest.mark.usefixtures("poisoned_empty")
     def test_scratch_may_hold_anything():
