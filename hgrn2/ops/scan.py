@@ -1,4 +1,4 @@
-"""Host side of the Triton scan for small states: cuts lines into segments, allocates, launches.
+"""Host side of the Triton scan for small states: cuts lines into segments, plans the launches, allocates.
 
 Tensors are `[B, Y, X, H, K]` (1-D: Y = 1) and lines run along X; two-dimensional scans run along Y besides, on the same
 memory. Kernels in `scan_fwd` and `scan_bwd`, shapes in `scan_common`.
@@ -10,48 +10,49 @@ import torch
 from torch import Tensor
 
 from hgrn2.ops import tiles
-from hgrn2.ops.chunk import _multiprocessors, _on_its_device, chunk_table
-from hgrn2.ops.launch import kinds, launch
+from hgrn2.ops.chunk import _cdiv, _multiprocessors, _on_its_device, _scratch, _signature, chunk_table
+from hgrn2.ops.launch import Plan, Plans, Slots, kinds
 from hgrn2.ops.scan_bwd import scan_grad_kernel
 from hgrn2.ops.scan_fwd import scan_carry_kernel, scan_out_kernel, scan_segment_kernel
 
-# enough threads to hide memory's latency; more segments only add states to carry
-_LANES_PER_MULTIPROCESSOR = 512
-_MIN_SEGMENT = 16
 _WARPS = 1 if tiles.INTERPRET else 4
-# tokens in flight per thread
+_LANES = 32 * _WARPS
+# lanes per multiprocessor that a scan should have
+_WANTED = {1: 512, 2: 512, 4: 512, 8: 256}
+# tokens a segment: short ones stay in the cache from one loop to the next, long ones have fewer states to carry
+_MIN_SEGMENT = 16
+_MAX_SEGMENT = {1: 128, 2: 64, 4: 64, 8: 128}
+# tokens on their way per thread
 _UNROLL = {1: 8, 2: 8, 4: 4, 8: 2}
+# programs per multiprocessor that go through the blocks of lanes, (outputs, gradients)
+_RESIDENT = {1: (4, 4), 2: (4, 2), 4: (4, 2), 8: (3, 2)}
 
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def segment_length(lines: int, time: int, heads: int, device: torch.device, stride: int) -> int:
-    """Tokens a segment: a multiple of 8; all of `time` where lines and heads alone fill the device."""
-    wanted = _multiprocessors(device) * _LANES_PER_MULTIPROCESSOR
-    segments = 1 if 3 * lines * heads >= wanted else _cdiv(wanted, lines * heads)
-    length = max(_cdiv(time, segments), _MIN_SEGMENT)
-    # offsets inside a segment are 32 bits wide
-    length = min(length, max(8, (2**31 - 1) // max(1, stride) - 8))
-    return 8 * _cdiv(length, 8)
+_forward_plans, _backward_plans = Plans(), Plans()
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the lines have in common: the scan's direction, activations (indices into `ACTIVATIONS`)."""
+    """The scan's direction (flip: reverse; both: and the opposite; grid: along X and along Y) and activations."""
 
     flip: bool
     both: bool
+    grid: bool
     q_act: int
     v_act: int
 
+    @property
+    def axes(self) -> tuple[int, ...]:
+        return (2, 1) if self.grid else (2,)
 
-def _strides(x: Tensor, axis: int) -> tuple[int, ...]:
-    """Strides over (batch, line, token, head) of x `[B, Y, X, H, K]` for lines along `axis`, in units of K."""
-    dim = x.shape[-1]
-    b, y, x_, h = (0 if size == 1 else stride // dim for size, stride in zip(x.shape[:4], x.stride()[:4], strict=True))
-    return (b, y, x_, h) if axis == 2 else (b, x_, y, h)
+
+def segment_length(lines: int, time: int, heads: int, dim: int, device: torch.device, stride: int) -> int:
+    """Tokens a segment, a multiple of 8, for lines of `time` tokens that lie `stride` values apart."""
+    wanted = _multiprocessors(device) * _WANTED[dim]
+    length = max(_cdiv(time, _cdiv(wanted, lines * heads)), _MIN_SEGMENT)
+    # offsets inside a segment are 32 bits wide
+    length = min(length, _MAX_SEGMENT[dim], max(8, (2**31 - 1) // max(1, stride) - 8))
+    # equal segments, of whole rounds of loads
+    return 8 * _cdiv(_cdiv(time, _cdiv(time, length)), 8)
 
 
 def vectors(x: Tensor) -> Tensor:
@@ -62,97 +63,110 @@ def vectors(x: Tensor) -> Tensor:
     return x if fine else x.contiguous()
 
 
-class Lines:
-    """All lines along one axis of q, f, v: their segments and the launches over them."""
+class _Lines:
+    """All lines along one axis, which add their kernels to a plan; tensors have the names used here."""
 
-    def __init__(self, q, f, v, lower_bound, lengths, cu_seqlens, options: Options, axis: int = 2):
-        self.q, self.f, self.v, self.lower_bound, self.lengths = q, f, v, lower_bound, lengths
-        self.options, self.axis = options, axis
-        self.batch, self.heads, self.dim = q.shape[0], q.shape[3], q.shape[4]
-        self.time, self.lines = q.shape[axis], q.shape[3 - axis]
-        step = max(_strides(x, axis)[2] for x in (q, f, v)) * self.dim
-        lines = self.batch * self.lines
-        self.length = segment_length(lines, self.time, self.heads, q.device, step)
-        self.table = None
-        if cu_seqlens is None:
-            self.per_line = _cdiv(self.time, self.length)
-            self.segments = lines * self.per_line
+    def __init__(
+        self, plan: Plan, scratch: Slots, q: Tensor, options: Options, axis: int, flags: dict, documents, step
+    ):
+        self.plan, self.scratch, self.options, self.axis = plan, scratch, options, axis
+        self.heads, self.dim, self.device = q.shape[3], q.shape[4], q.device
+        lines, time = q.shape[0] * q.shape[3 - axis], q.shape[axis]
+        self.length = segment_length(lines, time, self.heads, self.dim, q.device, step)
+        self.varlen = documents is not None
+        if self.varlen:
+            self.segments = per_line = (time + documents * (self.length - 1)) // self.length
+            lines = 1
         else:
-            documents = cu_seqlens.numel() - 1
-            self.segments = self.per_line = (self.time + documents * (self.length - 1)) // self.length
-            self.table = chunk_table(cu_seqlens, self.segments, self.length, False)
-        self.carried = self.per_line > 1 or self.table is not None
-        self.lanes = self.segments * self.heads
-        self.sizes = (
-            self.lanes, self.time, self.lines, self.per_line, self.segments, self.length, self.heads,
+            per_line = _cdiv(time, self.length)
+            self.segments = lines * per_line
+        self.lines, self.carried = lines, per_line > 1 or self.varlen
+        self.blocks = _cdiv(self.segments * self.heads, _LANES)
+        self.values = flags | dict(
+            N=self.segments * self.heads, T=time, P=q.shape[3 - axis], NS=per_line, NC=self.segments, L=self.length,
+            H=self.heads, K=self.dim, LANES=_LANES, UNROLL=_UNROLL[self.dim], FLIP=options.flip, BOTH=options.both,
+            VARLEN=self.varlen, Q_ACT=options.q_act, V_ACT=options.v_act,
         )  # fmt: skip
-        self.layout = dict(
-            K=self.dim, LANES=32 * _WARPS, UNROLL=_UNROLL[self.dim], FLIP=options.flip, BOTH=options.both,
-            VARLEN=self.table is not None, HAS_LEN=lengths is not None, HAS_LB=lower_bound is not None,
-        )  # fmt: skip
+        self.absent = {
+            name: "none" for name, there in (("lb", flags["HAS_LB"]), ("len", flags["HAS_LEN"])) if not there
+        }
+        self.absent |= {} if self.varlen else {"table": "none"}
 
-    def _launch(self, kernel, args: tuple, tensors: tuple, lanes: int | None = None, **constants) -> None:
-        programs = _cdiv(self.lanes if lanes is None else lanes, 32 * _WARPS)
-        launch(kernel, programs, args, constants, _WARPS, kinds(tensors))
+    def strides(self, name: str, x: Tensor) -> None:
+        """Strides over (batch, line, token, head) in units of K."""
+        b, y, x_, h = (0 if n == 1 else s // self.dim for n, s in zip(x.shape[:4], x.stride()[:4], strict=True))
+        order = (b, y, x_, h) if self.axis == 2 else (b, x_, y, h)
+        self.values |= {f"{name}_stride_{dim}": s for dim, s in zip("bpth", order, strict=True)}
 
-    def states(self, enter: Tensor | None, leave: Tensor | None, do: Tensor | None = None) -> Tensor | None:
-        """The states `[slots, NC, H, V, K]` that enter the segments (do: their gradients), None where all are zero.
+    def _add(self, kernel, programs: int, values: dict, warps: int = _WARPS, **names: str) -> None:
+        self.plan.add(kernel, programs, warps, self.values | values, **self.absent, **names)
 
-        enter, leave: `[lines or documents, H, V, K]`, at the ends of the scan; `leave` is written, here if segments
-        are carried, else by the kernel that runs over them.
-        """
+    def _resident(self, kind: int) -> int:
+        return min(self.blocks, _multiprocessors(self.device) * _RESIDENT[self.dim][kind])
+
+    def states(self, slots: Slots, name: str, enter: str, leave: str, grad: bool) -> str:
+        """The states that enter the segments (grad: their gradients) from `enter` to `leave`; the name they have."""
         if not self.carried:
-            return None if enter is None else enter.unsqueeze(0)
-        opts, grad = self.options, do is not None
-        slots = 2 if opts.both else 1
-        x, y = (self.q, do) if grad else (self.f, self.v)
-        own = x.new_empty(slots, self.segments, self.heads, self.dim, self.dim, dtype=torch.float32)
-        decay = x.new_empty(self.segments, self.heads, self.dim, dtype=torch.float32)
-        args = (
-            self.f, x, y, self.lower_bound, own, decay, self.table, self.lengths,
-            *_strides(self.f, self.axis), *_strides(x, self.axis), *_strides(y, self.axis), *self.sizes,
+            return enter
+        shape = (2 if self.options.both else 1, self.segments, self.heads, self.dim, self.dim)
+        name = f"{name}{self.axis}"
+        slots.add(name, shape, torch.float32)
+        decay = f"decay{len(self.scratch.of)}"
+        self.scratch.add(decay, shape[1:-1], torch.float32)
+        x, y = ("q", "do") if grad else ("f", "v")
+        values = {
+            f"{to}_stride_{d}": self.values[f"{of}_stride_{d}"] for to, of in (("x", x), ("y", y)) for d in "bpth"
+        }
+        acts = dict(X_ACT=self.options.q_act, Y_ACT=0) if grad else dict(X_ACT=0, Y_ACT=self.options.v_act)
+        values |= dict(GRAD=grad, **acts)
+        self._add(scan_segment_kernel, self.blocks, values, x=x, y=y, own=name, decay=decay)
+        rows = self.lines * self.heads * self.dim
+        lanes = 32  # one warp a program: the loop over segments waits for memory, and there are few rows
+        values = dict(
+            N=rows, LANES=lanes, UNROLL=8, GRAD=grad, HAS_INIT=enter != "none", HAS_FINAL=leave != "none"
         )  # fmt: skip
-        acts = dict(X_ACT=opts.q_act if grad else 0, Y_ACT=0 if grad else opts.v_act)
-        self._launch(scan_segment_kernel, args, (self.f, x, y, self.lengths), GRAD=grad, **self.layout, **acts)
-        rows = (1 if self.table is not None else self.batch * self.lines) * self.heads * self.dim
-        args = (own, decay, enter, leave, self.table, rows, self.per_line, self.segments, self.heads)
-        constants = {key: self.layout[key] for key in ("K", "LANES", "FLIP", "BOTH", "VARLEN")}
-        constants |= dict(UNROLL=4, GRAD=grad, HAS_INIT=enter is not None, HAS_FINAL=leave is not None)
-        lanes = slots * 32 * _WARPS * _cdiv(rows, 32 * _WARPS)
-        self._launch(scan_carry_kernel, args, (enter, leave), lanes, **constants)
-        return own
+        self._add(
+            scan_carry_kernel, shape[0] * _cdiv(rows, lanes), values, 1, own=name, decay=decay, init=enter, final=leave
+        )  # fmt: skip
+        return name
 
-    def outputs(self, o: Tensor, states: Tensor | None, leave: Tensor | None, add: bool) -> None:
-        """Write (add: add to) o; leave: `[lines, H, V, K]` for the final states of lines of one segment."""
-        leave = None if self.carried else leave
-        args = (
-            self.q, self.f, self.v, self.lower_bound, o, states, leave, self.table, self.lengths,
-            *(s for x in (self.q, self.f, self.v, o) for s in _strides(x, self.axis)), *self.sizes,
-        )  # fmt: skip
-        self._launch(
-            scan_out_kernel, args, (self.q, self.f, self.v, self.lengths, states), Q_ACT=self.options.q_act,
-            V_ACT=self.options.v_act, ADD=add, HAS_ENTER=states is not None, HAS_LEAVE=leave is not None, **self.layout,
-        )  # fmt: skip
+    def outputs(self, enter: str, leave: str, add: bool) -> None:
+        leave = "none" if self.carried else leave
+        values = dict(ADD=add, HAS_ENTER=enter != "none", HAS_LEAVE=leave != "none")
+        self._add(scan_out_kernel, self._resident(0), values, enter=enter, leave=leave)
 
-    def gradients(self, do, grads, scratch, states, d_states, d_initial, bound: bool, add: bool) -> Tensor | None:
-        """Write (add: add to) grads = (dq, df, dv); returns d lower_bound `[H, K]` if `bound`."""
-        d_bound = None
+    def gradients(self, enter: str, d_enter: str, d_leave: str, bound: bool, add: bool) -> None:
+        d_leave = "none" if self.carried else d_leave
+        programs = self._resident(1)
+        shape, dtype = (programs, self.length, _LANES, self.dim), torch.float32
+        if self.dim == 8:
+            shape, dtype = (2, *shape), torch.int16
+        kept = [f"{name}{self.axis}" for name in (("dk", "dq2") if self.options.both else ("dk",))]
+        for name in kept:
+            self.scratch.add(name, shape, dtype)
+        dlb = f"dlb{self.axis}" if bound else "none"
         if bound:
-            d_bound = do.new_empty(self.segments, self.heads, self.dim, dtype=torch.float32)
-        d_leave = None if self.carried else d_initial
-        kept = [x.view(torch.int16) if self.dim == 8 else x for x in scratch]
-        args = (
-            self.q, self.f, self.v, do, self.lower_bound, *grads, d_bound, kept[0], kept[-1], states, d_states,
-            d_leave, self.table, self.lengths,
-            *(s for x in (self.q, self.f, self.v, do, grads[0], scratch[0]) for s in _strides(x, self.axis)),
-            *self.sizes,
+            self.scratch.add(dlb, (self.segments, self.heads, self.dim), torch.float32)
+        values = dict(
+            ADD=add, LB_GRAD=bound, HAS_ENTER=enter != "none", HAS_D_ENTER=d_enter != "none",
+            HAS_D_LEAVE=d_leave != "none",
         )  # fmt: skip
-        self._launch(
-            scan_grad_kernel, args, (self.q, self.f, self.v, do, self.lengths, states, d_states),
-            Q_ACT=self.options.q_act, V_ACT=self.options.v_act, ADD=add, LB_GRAD=bound, HAS_ENTER=states is not None,
-            HAS_D_ENTER=d_states is not None, HAS_D_LEAVE=d_leave is not None, **self.layout,
+        self._add(
+            scan_grad_kernel, programs, values, dlb=dlb, dk=kept[0], dq2=kept[-1], enter=enter, d_enter=d_enter,
+            d_leave=d_leave,
         )  # fmt: skip
-        return None if d_bound is None else d_bound.sum(0)
+
+
+def _lines(plan, scratch, options, q, f, v, lower_bound, lengths, documents) -> list[_Lines]:
+    flags = dict(HAS_LEN=lengths is not None, HAS_LB=lower_bound is not None)
+    found = []
+    for axis in options.axes:
+        step = max(x.stride(axis) for x in (q, f, v))
+        lines = _Lines(plan, scratch, q, options, axis, flags, documents, step)
+        for name, x in (("q", q), ("f", f), ("v", v)):
+            lines.strides(name, x)
+        found.append(lines)
+    return found
 
 
 def _turned(state: Tensor | None) -> Tensor | None:
@@ -160,48 +174,99 @@ def _turned(state: Tensor | None) -> Tensor | None:
     return None if state is None else state.transpose(-1, -2).contiguous()
 
 
-def _axes(q, f, v, lower_bound, lengths, cu_seqlens, options: Options, grid: bool) -> list[Lines]:
-    return [Lines(q, f, v, lower_bound, lengths, cu_seqlens, options, axis) for axis in ((2, 1) if grid else (2,))]
-
-
-def _ends(q: Tensor, cu_seqlens: Tensor | None, other: Tensor | None) -> Tensor:
+def _ends(q: Tensor, documents: int | None, other: Tensor | None) -> Tensor:
     """Room for the states at one end; an empty document passes on the state of the other end."""
-    rows = q.shape[0] * q.shape[1] if cu_seqlens is None else cu_seqlens.numel() - 1
-    if cu_seqlens is not None and other is not None:
+    if documents is not None and other is not None:
         return other.clone()
-    make = torch.empty if cu_seqlens is None else torch.zeros
+    make = torch.empty if documents is None else torch.zeros
+    rows = q.shape[0] if documents is None else documents
     return make(rows, q.shape[3], q.shape[4], q.shape[4], dtype=torch.float32, device=q.device)
 
 
 @_on_its_device
-def forward(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, options: Options, grid: bool, final: bool):
-    """o `[B, Y, X, H, V]`, the final states `[N, H, K, V]` (None unless `final`), and the states to keep per axis."""
+def forward(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, options: Options, final: bool):
+    """o `[B, Y, X, H, V]`, the final states `[N, H, K, V]` (None unless `final`), and a buffer for `backward`."""
+    documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    key = (*_signature(q, f, v, lower_bound, initial_state, lengths), documents, options, final)
+    found = _forward_plans.get(key)
+    if found is None:
+        plan, saved, scratch = Plan(kinds((q, f, v, lower_bound, lengths, initial_state))), Slots(), Slots()
+        like = torch.empty(q.shape, device="meta")
+        enter, leave = "none" if initial_state is None else "init", "final" if final else "none"
+        every = _lines(plan, scratch, options, q, f, v, lower_bound, lengths, documents)
+        for i, lines in enumerate(every):
+            lines.strides("o", like)
+            lines.outputs(lines.states(saved, "states", enter, leave, False), leave, i > 0)
+        found = _forward_plans[key] = plan, saved, scratch, every[0].segments, every[0].length
+    plan, saved, scratch, segments, length = found
     o = q.new_empty(q.shape)
     enter = _turned(initial_state)
-    leave = _ends(q, cu_seqlens, enter) if final else None
-    kept = []
-    for i, lines in enumerate(_axes(q, f, v, lower_bound, lengths, cu_seqlens, options, grid)):
-        states = lines.states(enter, leave)
-        lines.outputs(o, states, leave, add=i > 0)
-        kept.append(states)
-    return o, _turned(leave), kept
+    leave = _ends(q, documents, enter) if final else None
+    table = None if documents is None else chunk_table(cu_seqlens, segments, length, False)
+    kept = _scratch(q, saved)
+    tensors = dict(q=q, f=f, v=v, o=o, lb=lower_bound, len=lengths, table=table, init=enter, final=leave)
+    plan.run(tensors, kept, _scratch(q, scratch))
+    return o, _turned(leave), kept[1]
 
 
 @_on_its_device
-def backward(q, f, v, do, d_final, lower_bound, initial_state, lengths, cu_seqlens, options: Options, grid: bool,
-             kept: list[Tensor | None] | None, bound: bool, initial: bool):  # fmt: skip
+def backward(q, f, v, do, d_final, lower_bound, initial_state, lengths, cu_seqlens, options: Options,
+             kept: Tensor | None, bound: bool, initial: bool, packed: bool = False):  # fmt: skip
     """dq, df, dv `[B, Y, X, H, K]`, d lower_bound `[H, K]` and d initial_state `[N, H, K, V]`; None where not asked.
 
-    kept: the states that `forward` returned, or None to compute them again.
+    kept: the buffer that `forward` returned, or None to compute the states again. packed: where q, f and v are slots of
+    one packed projection, their gradients are slots of one tensor, too.
     """
-    grads = tuple(q.new_empty(q.shape) for _ in range(3))
-    scratch = [q.new_empty(q.shape, dtype=torch.float32) for _ in range(2 if options.both else 1)]
+    documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    order = packed_order(q, f, v) if packed else None
+    options_ = (documents, options, kept is None, bound, initial, order is None)
+    key = (*_signature(q, f, v, do, lower_bound, initial_state, lengths, d_final), *options_)
+    if order is None:
+        dq, df, dv = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+    else:
+        parts = q.new_empty(*q.shape[:3], 3, *q.shape[3:]).unbind(3)
+        dq, df, dv = (parts[i] for i in order)
+    found = _backward_plans.get(key)
+    if found is None:
+        plan, saved, scratch = (
+            Plan(kinds((q, f, v, do, lower_bound, lengths, initial_state, d_final))),
+            Slots(),
+            Slots(),
+        )
+        enter, d_enter = "none" if initial_state is None else "init", "none" if d_final is None else "d_final"
+        d_leave = "d_initial" if initial else "none"
+        every = _lines(plan, scratch, options, q, f, v, lower_bound, lengths, documents)
+        for i, lines in enumerate(every):
+            lines.strides("do", do)
+            lines.strides("g", dq)
+            target = plan if kept is None else Plan(())  # the forward's launches, which only name its buffer's slots
+            lines.plan = target
+            states = lines.states(saved, "states", enter, "none", False)
+            lines.plan = plan
+            d_states = lines.states(scratch, "d_states", d_enter, d_leave, True)
+            lines.gradients(states, d_states, d_leave, bound, i > 0)
+        found = _backward_plans[key] = plan, saved, scratch, every[0].segments, every[0].length
+    plan, saved, scratch, segments, length = found
     enter, d_enter = _turned(initial_state), _turned(d_final)
-    d_leave = _ends(q, cu_seqlens, d_enter) if initial else None
+    d_leave = _ends(q, documents, d_enter) if initial else None
+    table = None if documents is None else chunk_table(cu_seqlens, segments, length, False)
+    tensors = dict(
+        q=q, f=f, v=v, do=do, dq=dq, df=df, dv=dv, lb=lower_bound, len=lengths, table=table, init=enter,
+        d_final=d_enter, d_initial=d_leave,
+    )  # fmt: skip
+    work = _scratch(q, scratch)
+    plan.run(tensors, _scratch(q, saved) if kept is None else (saved, kept), work)
     d_bound = None
-    for i, lines in enumerate(_axes(q, f, v, lower_bound, lengths, cu_seqlens, options, grid)):
-        states = lines.states(enter, None) if kept is None else kept[i]
-        d_states = lines.states(d_enter, d_leave, do)
-        share = lines.gradients(do, grads, scratch, states, d_states, d_leave, bound, add=i > 0)
-        d_bound = share if d_bound is None else d_bound + share
-    return *grads, d_bound, _turned(d_leave)
+    if bound:
+        d_bound = sum(scratch.view(work[1], f"dlb{axis}").sum(0) for axis in options.axes)
+    return dq, df, dv, d_bound, _turned(d_leave)
+
+
+def packed_order(q: Tensor, f: Tensor, v: Tensor) -> tuple[int, int, int] | None:
+    """Which slots of one packed `[B, Y, X, 3, H, K]` q, f and v are, or None."""
+    rows, dim = q.shape[3] * q.shape[4], q.shape[4]
+    want = torch.empty(*q.shape[:3], 3, *q.shape[3:], device="meta").select(3, 0).stride()
+    same = all(n == 1 or s == w for x in (q, f, v) for n, s, w in zip(x.shape, x.stride(), want, strict=True))
+    at = [x.data_ptr() // x.element_size() for x in (q, f, v)]
+    order = tuple((a - min(at)) // rows if (a - min(at)) % rows == 0 else -1 for a in at)
+    return order if same and dim * q.shape[3] and sorted(order) == [0, 1, 2] else None

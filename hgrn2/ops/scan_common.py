@@ -110,12 +110,14 @@ def store_state(ptr, p_state, state, mask, K: tl.constexpr):
 
 
 @triton.jit
-def locate(N, table_ptr, len_ptr, T, P, NS, L, H, LANES: tl.constexpr, VARLEN: tl.constexpr, HAS_LEN: tl.constexpr):
-    """This program's lanes: (inside the grid, segment, row, line in it, head, first token, stored and real tokens).
+def locate(
+    block, N, table_ptr, len_ptr, T, P, NS, L, H, LANES: tl.constexpr, VARLEN: tl.constexpr, HAS_LEN: tl.constexpr
+):  # fmt: skip
+    """The lanes of a block: (inside the grid, segment, row, line in it, head, first token, stored and real tokens).
 
     All `[LANES]`; a line is number `line` of P in batch row `row`, cut into NS segments.
     """
-    n = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    n = tl.cast(block, tl.int64) * LANES + tl.arange(0, LANES)
     inside = n < N
     n = tl.where(inside, n, 0)
     c = n // H
@@ -142,7 +144,7 @@ def locate(N, table_ptr, len_ptr, T, P, NS, L, H, LANES: tl.constexpr, VARLEN: t
 def tile_at(
     row, line, head, t0, stride_b, stride_p, stride_t, stride_h, K: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """Offsets `[LANES, K]` of each lane's first token. Strides count vectors of WIDTH: loads are then known to be wide."""
+    """Offsets `[LANES, K]` of each lane's first token; strides count WIDTH values: loads are then known to be wide."""
     first = row * stride_b + line * stride_p + t0.to(tl.int64) * stride_t + head * stride_h
     return (first * WIDTH)[:, None] + tl.arange(0, K)[None, :]
 
@@ -173,29 +175,36 @@ def activated(x, mask, ACT: tl.constexpr):
 
 
 @triton.jit
-def store_scratch(ptr, t, stride, x, mask, K: tl.constexpr):
+def scratch_at(L, K: tl.constexpr, LANES: tl.constexpr):
+    """Offsets of this program's scratch, `[L, LANES, K]` fp32: written and read again while it is in the cache."""
+    width: tl.constexpr = 2 * K if K == 8 else K
+    first = tl.program_id(0).to(tl.int64) * L * LANES + tl.arange(0, LANES)
+    return (first * width)[:, None] + tl.arange(0, K)[None, :]
+
+
+@triton.jit
+def store_scratch(ptr, t, x, K: tl.constexpr, LANES: tl.constexpr):
     """Keep the fp32 tile of token t. One of eight columns is stored in two 16-bit halves, upper and lower: a thread
     stores 16 bytes at most, and a tile spread over more threads would have to be moved between them."""
     if K == 8:
         bits = x.to(tl.int32, bitcast=True)
-        tl.store(ptr + t * stride * (2 * K), (bits >> 16).to(tl.int16), mask=mask)
-        tl.store(ptr + t * stride * (2 * K) + K, bits.to(tl.int16), mask=mask)
+        tl.store(ptr + t * (2 * K * LANES), (bits >> 16).to(tl.int16))
+        tl.store(ptr + t * (2 * K * LANES) + K, bits.to(tl.int16))
     else:
-        tl.store(ptr + t * stride * K, x, mask=mask)
+        tl.store(ptr + t * (K * LANES), x)
 
 
 @triton.jit
-def load_scratch(ptr, i, stride, rows, L, K: tl.constexpr, UNROLL: tl.constexpr, FLIP: tl.constexpr):
-    """`load_rows` of what `store_scratch` kept."""
+def load_scratch(ptr, i, L, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, FLIP: tl.constexpr):
+    """What `store_scratch` kept of UNROLL tokens from the i-th on."""
     tiles = ()
     for u in tl.static_range(UNROLL):
         t = place(i + u, L, FLIP)
-        m = (t < rows)[:, None]
         if K == 8:
-            upper = tl.load(ptr + t * stride * (2 * K), mask=m, other=0)
-            lower = tl.load(ptr + t * stride * (2 * K) + K, mask=m, other=0)
+            upper = tl.load(ptr + t * (2 * K * LANES))
+            lower = tl.load(ptr + t * (2 * K * LANES) + K)
             x = ((upper.to(tl.int32) << 16) | (lower.to(tl.int32) & 0xFFFF)).to(tl.float32, bitcast=True)
         else:
-            x = tl.load(ptr + t * stride * K, mask=m, other=0.0)
+            x = tl.load(ptr + t * (K * LANES))
         tiles = tiles + (x,)
     return tiles

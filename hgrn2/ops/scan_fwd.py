@@ -40,7 +40,7 @@ def scan_segment_kernel(
     the loop is summed under the product P of the decays so far.
     """
     inside, c, row, line, head, t0, _stored, real = locate(
-        N, table_ptr, len_ptr, T, P, NS, L, H, LANES, VARLEN, HAS_LEN
+        tl.program_id(0), N, table_ptr, len_ptr, T, P, NS, L, H, LANES, VARLEN, HAS_LEN
     )
     m_lane = inside[:, None]
     o_k = tl.arange(0, K)[None, :]
@@ -175,27 +175,31 @@ def scan_out_kernel(
     ADD: tl.constexpr, HAS_ENTER: tl.constexpr, HAS_LEAVE: tl.constexpr,
 ):  # fmt: skip
     """Outputs of each segment from the states that enter it; ADD: on top of what o holds."""
-    inside, c, row, line, head, t0, stored, real = locate(N, table_ptr, len_ptr, T, P, NS, L, H, LANES, VARLEN, HAS_LEN)
-    m_lane = inside[:, None]
-    o_k = tl.arange(0, K)[None, :]
-    gamma = tl.load(lb_ptr + head[:, None] * K + o_k) if HAS_LB else 0.0
-    p_q = q_ptr + tile_at(row, line, head, t0, q_stride_b, q_stride_p, q_stride_t, q_stride_h, K, K)
-    p_f = f_ptr + tile_at(row, line, head, t0, f_stride_b, f_stride_p, f_stride_t, f_stride_h, K, K)
-    p_v = v_ptr + tile_at(row, line, head, t0, v_stride_b, v_stride_p, v_stride_t, v_stride_h, K, K)
-    p_o = o_ptr + tile_at(row, line, head, t0, o_stride_b, o_stride_p, o_stride_t, o_stride_h, K, K)
-    p_state = (c * H + head)[:, None] * K * K + o_k
-    state = load_state(enter_ptr, p_state, m_lane, K) if HAS_ENTER else empty_state(LANES, K)
-    state = _out_pass(
-        state, p_q, p_f, p_v, p_o, gamma, q_stride_t, f_stride_t, v_stride_t, o_stride_t, stored, real, L,
-        K, UNROLL, FLIP, ADD, HAS_LB, Q_ACT, V_ACT,
-    )  # fmt: skip
-    if HAS_LEAVE:
-        store_state(leave_ptr, p_state, state, m_lane, K)
-    if BOTH:
-        tl.debug_barrier()
-        p_state += NC.to(tl.int64) * H * K * K
+    for block in tl.range(tl.program_id(0), (N + LANES - 1) // LANES, tl.num_programs(0)):
+        inside, c, row, line, head, t0, stored, real = locate(
+            block, N, table_ptr, len_ptr, T, P, NS, L, H, LANES, VARLEN, HAS_LEN
+        )
+        m_lane = inside[:, None]
+        o_k = tl.arange(0, K)[None, :]
+        gamma = tl.load(lb_ptr + head[:, None] * K + o_k) if HAS_LB else 0.0
+        p_q = q_ptr + tile_at(row, line, head, t0, q_stride_b, q_stride_p, q_stride_t, q_stride_h, K, K)
+        p_f = f_ptr + tile_at(row, line, head, t0, f_stride_b, f_stride_p, f_stride_t, f_stride_h, K, K)
+        p_v = v_ptr + tile_at(row, line, head, t0, v_stride_b, v_stride_p, v_stride_t, v_stride_h, K, K)
+        p_o = o_ptr + tile_at(row, line, head, t0, o_stride_b, o_stride_p, o_stride_t, o_stride_h, K, K)
+        p_state = (c * H + head)[:, None] * K * K + o_k
         state = load_state(enter_ptr, p_state, m_lane, K) if HAS_ENTER else empty_state(LANES, K)
-        _out_pass(
+        state = _out_pass(
             state, p_q, p_f, p_v, p_o, gamma, q_stride_t, f_stride_t, v_stride_t, o_stride_t, stored, real, L,
-            K, UNROLL, not FLIP, True, HAS_LB, Q_ACT, V_ACT,
+            K, UNROLL, FLIP, ADD, HAS_LB, Q_ACT, V_ACT,
         )  # fmt: skip
+        if HAS_LEAVE:
+            store_state(leave_ptr, p_state, state, m_lane, K)
+        if BOTH:
+            # a token's sum may be written and read by different threads where K values are more than 16 bytes
+            tl.debug_barrier()
+            p_state += NC.to(tl.int64) * H * K * K
+            state = load_state(enter_ptr, p_state, m_lane, K) if HAS_ENTER else empty_state(LANES, K)
+            _out_pass(
+                state, p_q, p_f, p_v, p_o, gamma, q_stride_t, f_stride_t, v_stride_t, o_stride_t, stored, real, L,
+                K, UNROLL, not FLIP, True, HAS_LB, Q_ACT, V_ACT,
+            )  # fmt: skip

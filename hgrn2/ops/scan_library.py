@@ -33,27 +33,27 @@ def _run(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, direction, ou
     from hgrn2.ops import scan  # needs Triton
 
     name = DIRECTIONS[direction]
-    options = scan.Options(name == "reverse", name in ("both", "2d"), q_act, v_act)
+    options = scan.Options(name == "reverse", name in ("both", "2d"), name == "2d", q_act, v_act)
     o, final, kept = scan.forward(
         _grid(q), _grid(f), _grid(v), lower_bound, initial_state, _int32(lengths), _int32(cu_seqlens), options,
-        name == "2d", output_final_state,
+        output_final_state,
     )  # fmt: skip
-    return o.view(q.shape), final, kept
+    return o if o.dim() == q.dim() else o.squeeze(1), final, kept
 
 
 def _run_backward(
     do, d_final, q, f, v, lower_bound, initial_state, lengths, cu_seqlens, direction, q_act, v_act,
-    lower_bound_grad, initial_state_grad, kept=None,
+    lower_bound_grad, initial_state_grad, kept=None, packed=False,
 ):  # fmt: skip
     from hgrn2.ops import scan
 
     name = DIRECTIONS[direction]
-    options = scan.Options(name == "reverse", name in ("both", "2d"), q_act, v_act)
+    options = scan.Options(name == "reverse", name in ("both", "2d"), name == "2d", q_act, v_act)
     *grads, d_bound, d_initial = scan.backward(
         _grid(q), _grid(f), _grid(v), _grid(do), d_final, lower_bound, initial_state, _int32(lengths),
-        _int32(cu_seqlens), options, name == "2d", kept, lower_bound_grad, initial_state_grad,
+        _int32(cu_seqlens), options, kept, lower_bound_grad, initial_state_grad, packed,
     )  # fmt: skip
-    return *(x.view(q.shape) for x in grads), d_bound, d_initial
+    return *(x if x.dim() == q.dim() else x.squeeze(1) for x in grads), d_bound, d_initial
 
 
 def _scan(*args):
@@ -112,21 +112,21 @@ class _Eager(torch.autograd.Function):
     def forward(ctx, *inputs):
         o, final, kept = _run(*inputs)
         _save(ctx, inputs, None)
-        ctx.save_for_backward(*inputs[:7], *kept)
+        ctx.save_for_backward(*inputs[:7], kept)
         return o, final
 
     @staticmethod
     def backward(ctx, do, d_final):
         if do is None and d_final is None:
             return (None,) * 11
-        tensors, kept = ctx.saved_tensors[:7], list(ctx.saved_tensors[7:])
+        *tensors, kept = ctx.saved_tensors
         do = torch.zeros_like(tensors[0]) if do is None else do
         needs = [tensors[i] is not None and ctx.needs_input_grad[i] for i in (3, 4)]
         if torch.is_grad_enabled():  # create_graph: the op knows what to say if it comes to a second derivative
             grads = list(torch.ops.hgrn2.lane_scan_backward(do, d_final, *tensors, *ctx.options, *needs))
             grads[3:] = [x if need else None for x, need in zip(grads[3:], needs, strict=True)]
         else:
-            grads = _run_backward(do, d_final, *tensors, *ctx.options, *needs, kept)
+            grads = _run_backward(do, d_final, *tensors, *ctx.options, *needs, kept, packed=True)
         return *grads, *(None,) * 6
 
 
