@@ -22,8 +22,8 @@ _WANTED = {1: 512, 2: 512, 4: 512, 8: 256}
 # tokens a segment: short ones stay in the cache from one loop to the next, long ones have fewer states to carry
 _MIN_SEGMENT = 16
 _MAX_SEGMENT = {1: 128, 2: 64, 4: 64, 8: 128}
-# tokens on their way per thread
-_UNROLL = {1: 8, 2: 8, 4: 4, 8: 2}
+# tokens on their way per thread, (outputs, gradients): compile time grows with the square of it
+_UNROLL = {1: (8, 8), 2: (8, 4), 4: (4, 2), 8: (2, 1)}
 # programs per multiprocessor that go through the blocks of lanes, (outputs, gradients)
 _RESIDENT = {1: (4, 4), 2: (4, 2), 4: (4, 2), 8: (3, 2)}
 
@@ -84,7 +84,7 @@ class _Lines:
         self.blocks = _cdiv(self.segments * self.heads, _LANES)
         self.values = flags | dict(
             N=self.segments * self.heads, T=time, P=q.shape[3 - axis], NS=per_line, NC=self.segments, L=self.length,
-            H=self.heads, K=self.dim, LANES=_LANES, UNROLL=_UNROLL[self.dim], FLIP=options.flip, BOTH=options.both,
+            H=self.heads, K=self.dim, LANES=_LANES, UNROLL=_UNROLL[self.dim][0], FLIP=options.flip, BOTH=options.both,
             VARLEN=self.varlen, Q_ACT=options.q_act, V_ACT=options.v_act,
         )  # fmt: skip
         self.absent = {
@@ -148,7 +148,7 @@ class _Lines:
         if bound:
             self.scratch.add(dlb, (self.segments, self.heads, self.dim), torch.float32)
         values = dict(
-            ADD=add, LB_GRAD=bound, HAS_ENTER=enter != "none", HAS_D_ENTER=d_enter != "none",
+            UNROLL=_UNROLL[self.dim][1], ADD=add, LB_GRAD=bound, HAS_ENTER=enter != "none", HAS_D_ENTER=d_enter != "none",
             HAS_D_LEAVE=d_leave != "none",
         )  # fmt: skip
         self._add(
