@@ -10,6 +10,7 @@ Writes results/decode.json beside this file.
 
 import argparse
 import datetime
+import functools
 import json
 import subprocess
 import sys
@@ -81,6 +82,25 @@ def gate(mixers, batch: int) -> dict:
     if not worst["ours"] <= 2 * worst["plain"]:
         raise SystemExit(f"the step is wrong, nothing is timed: {worst}")
     return worst
+
+
+def measure(mixers, batch: int, rate: float) -> dict:
+    """All times of the stack for one batch size."""
+    errors = gate(mixers, batch)
+    x, states, gammas = inputs(batch)
+    ours = functools.partial(stack, HGRN2Mixer.step, mixers, x, states, gammas)
+    floor = (sum(p.nbytes for m in mixers for p in m.parameters()) + 2 * states.nbytes) / rate * 1e3
+    times = [graphed(ours) for _ in range(2)]
+    return {
+        "errors": errors,
+        "floor ms": floor,
+        "ours ms": times[0],
+        "ours again ms": times[1],
+        "over floor": times[0] / floor,
+        "torch form of the step ms": graphed(functools.partial(stack, plain_mixer, mixers, x, states, gammas)),
+        "eager ms": milliseconds(ours, 10),
+        "fla": fla(batch) if batch in (1, 64) else None,
+    }
 
 
 class _Cache(list):
@@ -164,28 +184,10 @@ def main() -> None:
     }
     args.out.mkdir(parents=True, exist_ok=True)
     mixers = [HGRN2Mixer(HGRN2Config(**CONFIG)).to("cuda", torch.bfloat16) for _ in range(DEPTH)]
-    weights = sum(p.nbytes for m in mixers for p in m.parameters())
     for batch in BATCHES:
-        x, states, gammas = inputs(batch)
-        floor = (weights + 2 * states.nbytes) / rate * 1e3
-        ours, again, plain = (
-            graphed(lambda step=step: stack(step, mixers, x, states, gammas))  # noqa: B023
-            for step in (HGRN2Mixer.step, HGRN2Mixer.step, plain_mixer)
-        )
-        row = {
-            "errors": gate(mixers, batch),
-            "floor ms": floor,
-            "ours ms": ours,
-            "ours again ms": again,
-            "over floor": ours / floor,
-            "torch form of the step ms": plain,
-            "eager ms": milliseconds(lambda: stack(HGRN2Mixer.step, mixers, x, states, gammas), 10),  # noqa: B023
-            "fla": fla(batch) if batch in (1, 64) else None,
-        }
-        result["rows"][f"B{batch}"] = row
+        result["rows"][f"B{batch}"] = row = measure(mixers, batch, rate)
         print(f"B{batch}", json.dumps(row), flush=True)
         (args.out / "decode.json").write_text(json.dumps(result, indent=1) + "\n")
-    del mixers
     result["1.3B language model"] = {f"B{batch}": language_model(batch) for batch in (1, 64)}
     for row in result["1.3B language model"].values():
         row["floor ms"] = row["bytes a step"] / rate * 1e3
