@@ -2,12 +2,11 @@
 
     y_b = W n(x_b) + bias         n: identity, RMS norm or layer norm over the full width N
 
-Legend: B rows of x (few), N width of x, M width of y. A program owns BM rows of W and keeps them in registers while it
-goes through the rows of x, so that W is read once.
+Legend: B rows of x (few), N width of x, M width of y. A program owns BM rows of W in registers and goes once through x.
 
-On Hopper and later a kernel may start while the one before it still runs (programmatic dependent launch): it reads
-what that one does not write, its weights, and then waits. No kernel here lets its successor start before its own
-wait, so whatever ran two or more kernels ago is complete; the caller vouches for the one before.
+On Hopper and later a kernel may start while the one before it still runs (programmatic dependent launch): it may read
+what that one does not write, and then waits. No kernel here lets its successor start before its own wait, so whatever
+ran two or more kernels ago is complete; the caller vouches for the one before.
 """
 
 import functools
@@ -25,8 +24,8 @@ from hgrn2.ops.step import LIMITS, run_step, step_supported
 MAX_ROWS = 8
 MAX_WIDTH = 8192
 _NORMS = {None: 0, "rms": 1, "layer": 2}
-_ELEMENTS = 8192  # of W a program
-_WARPS = 4
+# elements of W a program and its warps, by rows of x: in registers, with room for the products
+_TILES = {1: (8192, 4), 2: (8192, 4), 4: (8192, 8), 8: (8192, 8)}
 
 if triton is not None:
     import triton.language as tl
@@ -34,28 +33,22 @@ if triton is not None:
     @triton.jit(do_not_specialize=["B", "M"])
     def matvec_kernel(
         x_ptr, w_ptr, bias_ptr, g_ptr, shift_ptr, y_ptr, eps, B, M,
-        N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, NORM: tl.constexpr, HAS_BIAS: tl.constexpr,
-        HAS_G: tl.constexpr, HAS_SHIFT: tl.constexpr, START: tl.constexpr,
+        BB: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, NORM: tl.constexpr,
+        HAS_BIAS: tl.constexpr, HAS_G: tl.constexpr, HAS_SHIFT: tl.constexpr, START: tl.constexpr,
     ):  # fmt: skip
         """x `[B, N]`, W `[M, N]`, bias `[M]`, g and shift `[N]` (the norm's) -> y `[B, M]`; START as `matvec`."""
-        o_m = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+        if START == 2:
+            tl.extra.cuda.gdc_wait()
+        if START == 1 or START == 2:
+            tl.extra.cuda.gdc_launch_dependents()
+        o_b = tl.arange(0, BB)
+        o_m = tl.program_id(0) * BM + tl.arange(0, BM)
         o_n = tl.arange(0, BN)
+        m_b = o_b < B
         m_m = o_m < M
         m_n = o_n < N
-        if START == 1:  # in stream order: nothing to wait for
-            tl.extra.cuda.gdc_launch_dependents()
-        if START == 2:
-            o_line = tl.arange(0, BN // 64) * 64
-            lines = w_ptr + o_m[:, None] * N + o_line[None, :]
-            lines = tl.where(m_m[:, None] & (o_line < N)[None, :], lines, w_ptr)
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], tl.int32, is_pure=False, pack=1
-            )
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
-        p_w = w_ptr + o_m[:, None] * N + o_n[None, :]
+        p_w = w_ptr + o_m.to(tl.int64)[:, None] * N + o_n[None, :]
         w = tl.load(p_w, mask=m_m[:, None] & m_n[None, :], other=0.0, eviction_policy="evict_first")
-        g, shift, bias = 1.0, 0.0, 0.0
         if HAS_G:
             g = tl.load(g_ptr + o_n, mask=m_n, other=0.0).to(tl.float32)
         if HAS_SHIFT:
@@ -65,17 +58,25 @@ if triton is not None:
         if START == 3:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
-        for b in range(B):
-            x = tl.load(x_ptr + b * N + o_n, mask=m_n, other=0.0).to(tl.float32)
-            scale = 1.0
-            if NORM == 2:
-                x = tl.where(m_n, x - tl.sum(x, axis=0) / N, 0.0)
-                x *= tl.rsqrt(tl.sum(x * x, axis=0) / N + eps)
-            elif NORM == 1:  # applied to y, so that neither sum waits for the other
-                scale = tl.rsqrt(tl.sum(x * x, axis=0) / N + eps)
-            x = x * g + shift
-            y = tl.sum(w.to(tl.float32) * x[None, :], axis=1) * scale + bias
-            tl.store(y_ptr + b * M + o_m, y.to(y_ptr.dtype.element_ty), mask=m_m)
+        m_x = m_b[:, None] & m_n[None, :]
+        x = tl.load(x_ptr + o_b[:, None] * N + o_n[None, :], mask=m_x, other=0.0).to(tl.float32)
+        if NORM == 2:
+            x = tl.where(m_x, x - tl.sum(x, axis=1)[:, None] / N, 0.0)
+        if NORM > 0:
+            scale = tl.rsqrt(tl.sum(x * x, axis=1) / N + eps)
+        if NORM == 2:
+            x *= scale[:, None]
+        if HAS_G:
+            x *= g[None, :]
+        if HAS_SHIFT:
+            x += shift[None, :]
+        y = tl.sum(w.to(tl.float32)[None, :, :] * x[:, None, :], axis=2)
+        if NORM == 1:  # here, so that neither sum waits for the other
+            y *= scale[:, None]
+        if HAS_BIAS:
+            y += bias[None, :]
+        m_y = m_b[:, None] & m_m[None, :]
+        tl.store(y_ptr + o_b[:, None] * M + o_m[None, :], y.to(y_ptr.dtype.element_ty), mask=m_y)
 
 
 def matvec(
@@ -91,21 +92,21 @@ def matvec(
     """`F.linear(n(x), weight, bias)` for x `[B, N]` and weight `[M, N]`, all contiguous; sums in fp32.
 
     norm: None, "rms" (without `norm_bias`) or "layer".
-    start, from compute capability 9.0 on: 0 or 1 when the kernel before is done, where 1 lets the next one start early;
-    2 early, fetching weights into L2 before the wait; 3 early, reading them before it (the kernel before must not have
-    written them).
+    start, from compute capability 9.0 on (0 elsewhere): 1 after the kernel before, letting the next start early; 2 the
+    same with the launch itself ahead of time; 3 reading the weights early (the kernel before must not write them).
     """
     rows, width = x.shape
     y = torch.empty((rows, weight.shape[0]), dtype=x.dtype, device=x.device)
-    padded = max(64, 1 << (width - 1).bit_length())
-    n_rows = max(1, _ELEMENTS // padded)
+    padded, n_rows = 1 << (width - 1).bit_length(), 1 << (rows - 1).bit_length()
+    elements, warps = _TILES[n_rows]
+    tile = max(1, elements // padded)
     args = (x, weight, bias, norm_weight, norm_bias, y, eps, rows, weight.shape[0])
     constants = dict(
-        N=width, BM=n_rows, BN=padded, NORM=_NORMS[norm], HAS_BIAS=bias is not None,
+        BB=n_rows, N=width, BM=tile, BN=padded, NORM=_NORMS[norm], HAS_BIAS=bias is not None,
         HAS_G=norm_weight is not None, HAS_SHIFT=norm_bias is not None, START=start,
     )  # fmt: skip
     key = kinds((x, weight, bias, norm_weight, norm_bias))
-    launch(matvec_kernel, -(-weight.shape[0] // n_rows), args, constants, _WARPS, key, pdl=start > 1)
+    launch(matvec_kernel, -(-weight.shape[0] // tile), args, constants, warps, key, pdl=start > 1)
     return y
 
 
@@ -118,7 +119,7 @@ def fused_mixer_step(
     early = not tiles.INTERPRET and _early(x.device.index)
     if lower_bound is not None:
         lower_bound = lower_bound.float().contiguous()
-    packed = matvec(x.contiguous(), in_proj.weight, in_proj.bias, start=1 if early else 0)
+    packed = matvec(x.contiguous(), in_proj.weight, in_proj.bias, start=2 if early else 0)
     v, q, f = packed.unflatten(-1, (3, heads, dim)).unbind(1)
     o = run_step(q, f, v, state, lower_bound, ACTIVATIONS.index(q_act), ACTIVATIONS.index(v_act), overlap=early)
     return matvec(
@@ -194,7 +195,7 @@ def _self_test(index: int, width: int, dtype: torch.dtype) -> str | None:
         want = (a.double() @ weight.double().T + bias.double()).float()
         y = matvec(
             x, weight, bias, norm, None if norm is None else g, shift if norm == "layer" else None, 1e-5,
-            start=1 if _early(index) else 0,
+            start=2 if _early(index) else 0,
         )  # fmt: skip
         error = float((y.float() - want).norm() / want.norm())
         if not error < LIMITS[dtype]:

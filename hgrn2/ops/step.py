@@ -15,8 +15,8 @@ from hgrn2.ops.gates import ACTIVATIONS, activate, forget_gate, triton
 from hgrn2.ops.launch import kinds, launch, on_device
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# state elements a program: 16 a thread, and 128 programs for one row of a 2048-wide layer with head dim 128
-_ELEMENTS = 2048
+# state elements a program: 32 a thread, in rows of 128 bytes for head dim 128
+_ELEMENTS = 4096
 _WARPS = 4
 
 if triton is not None:
