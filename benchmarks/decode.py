@@ -3,8 +3,9 @@
     python benchmarks/decode.py
 
 The stack is 24 mixers of width 2048, head dim 128, bf16; the floor reads their weights once and their states twice at
-the speed of a large copy in the same run. Timed only after one step of the stack agrees with fp64. Peers: the same
-modules with the torch form of the step, and fla's `HGRN2Attention` (if installed). Also a whole 1.3B language model.
+the speed of a large copy in the same run. Timed only after each mixer's step agrees with fp64. Peers: our step between
+torch's products and norm, the torch form of the step there, and fla's `HGRN2Attention` (if installed), all in a graph
+too. Also a whole 1.3B language model.
 Writes results/decode.json beside this file.
 """
 
@@ -23,6 +24,7 @@ from ops import OUT, milliseconds
 
 from hgrn2 import HGRN2Config, HGRN2Mixer
 from hgrn2.decode import GraphedStep
+from hgrn2.ops import hgrn2_step
 from hgrn2.ops.step import torch_step
 from tasks.lm.model import LanguageModel
 
@@ -53,6 +55,12 @@ def plain_mixer(mixer: HGRN2Mixer, x, state, gamma):
     q, f, v = mixer._project(x)
     o = torch_step(q, f, v, state, gamma, mixer.config.q_act, mixer.config.v_act)
     return mixer._output(o)
+
+
+def unfused_mixer(mixer: HGRN2Mixer, x, state, gamma):
+    """The mixer's step from torch's products and norm around our step."""
+    q, f, v = mixer._project(x)
+    return mixer._output(hgrn2_step(q, f, v, state, gamma, q_act=mixer.config.q_act, v_act=mixer.config.v_act))
 
 
 def stack(step, mixers, x, states, gammas):
@@ -97,6 +105,7 @@ def measure(mixers, batch: int, rate: float) -> dict:
         "ours ms": times[0],
         "ours again ms": times[1],
         "over floor": times[0] / floor,
+        "unfused ms": graphed(functools.partial(stack, unfused_mixer, mixers, x, states, gammas)),
         "torch form of the step ms": graphed(functools.partial(stack, plain_mixer, mixers, x, states, gammas)),
         "eager ms": milliseconds(ours, 10),
         "fla": fla(batch) if batch in (1, 64) else None,
@@ -139,7 +148,7 @@ def fla(batch: int) -> dict | None:
 
 def language_model(batch: int) -> dict:
     """A 24-layer, 2048-wide model with GLU and 32,000 tokens, bf16: milliseconds a greedy step, eager and graphed."""
-    config = HGRN2Config(**CONFIG, norm="rmsnorm", final_norm="rmsnorm", glu_bias=False)
+    config = HGRN2Config(**CONFIG, norm="rmsnorm", final_norm="rmsnorm", glu_width=5632, glu_bias=False)
     with torch.device("cuda"):
         model = LanguageModel(config, 32000, False).to(torch.bfloat16).eval()
     token, state = torch.zeros(batch, dtype=torch.long, device="cuda"), model.backbone.init_state(batch)
@@ -188,7 +197,7 @@ def main() -> None:
         result["rows"][f"B{batch}"] = row = measure(mixers, batch, rate)
         print(f"B{batch}", json.dumps(row), flush=True)
         (args.out / "decode.json").write_text(json.dumps(result, indent=1) + "\n")
-    result["1.3B language model"] = {f"B{batch}": language_model(batch) for batch in (1, 64)}
+    result["1.3B language model"] = {f"B{batch}": language_model(batch) for batch in (1, 4, 8, 64)}
     for row in result["1.3B language model"].values():
         row["floor ms"] = row["bytes a step"] / rate * 1e3
     print(json.dumps(result["1.3B language model"]))

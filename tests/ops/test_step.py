@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -121,35 +120,3 @@ if INTERPRET:
         o = torch.compile(model, fullgraph=True, backend="aot_eager")(q, f, v, state)
         assert torch.equal(o, model(q, f, v, other))
         assert torch.equal(state, other)
-
-    @pytest.mark.parametrize("norm", [None, "rms", "layer"])
-    @pytest.mark.parametrize("shape", [(1, 64, 128), (3, 100, 45), (2, 768, 5), (1, 1, 3)])
-    def test_matvec(shape, norm):
-        from hgrn2.ops.matvec import matvec
-
-        rows, width, out = shape
-        x, weight = torch.randn(rows, width), torch.randn(out, width)
-        bias, g, shift = torch.randn(out), torch.randn(width), torch.randn(width)
-        normed = {
-            None: x,
-            "rms": F.rms_norm(x, (width,), g, 1e-5),
-            "layer": F.layer_norm(x, (width,), g, shift, 1e-5),
-        }[norm]
-        y = matvec(x, weight, bias, norm, g if norm else None, shift if norm == "layer" else None, 1e-5)
-        torch.testing.assert_close(y, F.linear(normed, weight, bias), rtol=1e-4, atol=1e-4)
-
-    @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm", "simple_rmsnorm"])
-    @pytest.mark.parametrize("bias", [True, False])
-    def test_fused_mixer_step(norm, bias):
-        from hgrn2 import HGRN2Config
-        from hgrn2.mixer import HGRN2Mixer
-        from hgrn2.ops.matvec import fused_mixer_step
-
-        config = HGRN2Config(dim=48, expand_ratio=16, mixer_norm=norm, bias=bias, q_act="silu", v_act=None)
-        mixer = HGRN2Mixer(config).requires_grad_(False)
-        x, state, gamma = torch.randn(2, 48), torch.randn(2, 3, 16, 16), 0.5 * torch.rand(3, 16)
-        other = state.clone()
-        want = mixer.step(x, state, gamma)
-        got = fused_mixer_step(x, other, gamma, mixer.in_proj, mixer.norm, mixer.out_proj, "silu", None)
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(other, state, rtol=1e-4, atol=1e-5)

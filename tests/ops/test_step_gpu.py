@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hgrn2 import HGRN2Backbone, HGRN2Config, HGRN2Mixer
+from hgrn2 import HGRN2Backbone, HGRN2Config, fused
+from hgrn2.backbone import Block
 from hgrn2.decode import GraphedStep
 from hgrn2.ops import hgrn2_scan, hgrn2_step, matvec
 from hgrn2.ops.step import step_supported, torch_step
@@ -98,46 +99,70 @@ def test_two_hundred_steps_equal_the_scan(dim):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
-@pytest.mark.parametrize(("rows", "width", "out"), [(1, 2048, 6144), (8, 768, 100), (3, 2560, 2560), (2, 8192, 64)])
-@pytest.mark.parametrize("norm", [None, "rms", "layer"])
+@pytest.mark.parametrize(("rows", "width", "out"), [(1, 2048, 6144), (8, 768, 100), (3, 2560, 2560), (2, 5632, 64)])
+@pytest.mark.parametrize("norm", [None, "rms", "layer", "gate"])
 def test_matvec(dtype, rows, width, out, norm):
     x, weight, bias = (torch.randn(s, device="cuda").to(dtype) for s in ((rows, width), (out, width), (out,)))
     g, shift = torch.randn(2, width, device="cuda").to(dtype)
+    residual = torch.randn(rows, out, device="cuda").to(dtype)
+    if norm == "gate":
+        x = torch.cat([x, torch.randn_like(x)], 1)
 
-    def plain(x, weight, bias, g, shift):
+    def plain(x, weight, bias, g, shift, residual):
         if norm == "rms":
             x = F.rms_norm(x, (width,), g, 1e-5)
         elif norm == "layer":
             x = F.layer_norm(x, (width,), g, shift, 1e-5)
-        return F.linear(x, weight, bias)
+        elif norm == "gate":
+            x = F.silu(x[:, :width]) * x[:, width:]
+        return F.linear(x, weight, bias) + residual
 
-    want = plain(*(a.double() for a in (x, weight, bias, g, shift)))
-    allowed = error(plain(x, weight, bias, g, shift), want)
-    ours = (x, weight, bias, norm, g if norm else None, shift if norm == "layer" else None, 1e-5)
-    for start in (0, 1, 2, 3):
-        assert error(matvec.matvec(*ours, start=start), want) <= 2 * allowed + 1e-7
+    want = plain(*(a.double() for a in (x, weight, bias, g, shift, residual)))
+    allowed = error(plain(x, weight, bias, g, shift, residual), want)
+    parts = (norm, g, shift if norm == "layer" else None, 1e-5) if norm in ("rms", "layer") else None
+    options = dict(norm=parts, gate="silu" if norm == "gate" else "no", residual=residual)
+    starts = (0, 1, 2, 3) if matvec.early_start(0) else (0,)
+    for start in starts:
+        assert error(matvec.matvec(x, weight, bias, start=start, **options), want) <= 2 * allowed + 1e-7
+
+
+def test_early_start_after_a_copy_in_a_graph():
+    if not matvec.early_start(0):
+        pytest.skip("needs compute capability 9.0")
+    weight, x = torch.randn(64, 256, device="cuda"), torch.randn(1, 256, device="cuda")
+    static = torch.zeros_like(x)
+    matvec.matvec(static, weight, start=2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        static.copy_(x)
+        y = matvec.matvec(static, weight, start=2)
+    x.normal_()
+    graph.replay()
+    assert torch.equal(y, matvec.matvec(x, weight))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 @pytest.mark.parametrize(("norm", "bias"), [("rmsnorm", False), ("layernorm", True), ("simple_rmsnorm", False)])
 @pytest.mark.parametrize("rows", [1, matvec.MAX_ROWS])
-def test_mixer_step(dtype, norm, bias, rows):
-    config = HGRN2Config(dim=512, expand_ratio=128, mixer_norm=norm, bias=bias, q_act="silu", v_act=None)
-    mixer = HGRN2Mixer(config).to("cuda", dtype)
-    wide = HGRN2Mixer(config).to("cuda", torch.float64)
-    wide.load_state_dict(mixer.state_dict())
+def test_fused_block(dtype, norm, bias, rows):
+    config = HGRN2Config(
+        dim=512, depth=1, expand_ratio=128, norm=norm, mixer_norm=norm, bias=bias, glu_bias=bias, glu_width=1408
+    )
+    block, wide = (Block(config).eval().to("cuda", d) for d in (dtype, torch.float64))
+    wide.load_state_dict(block.state_dict())
     x, gamma = torch.randn(rows, 512, device="cuda").to(dtype), 0.9 * torch.rand(4, 128, device="cuda")
     state = torch.randn(rows, 4, 128, 128, device="cuda")
-    call = (state, gamma, mixer.in_proj, mixer.norm, mixer.out_proj, "silu", None)
-    assert matvec.fused_supported(x, *call)
-    want = wide.step(x.double(), state.double(), gamma.double())
     before = state.clone()
-    ours = error(mixer.step(x, state, gamma), want)
-    with torch.enable_grad():  # gradients: the plain way
-        plain = error(mixer.step(x, before, gamma).detach(), want)
-    assert ours <= 2 * plain
-    assert error(state, before) < 1e-2
+    assert fused.mixer_supported(block.mixer, x, state, gamma)
+    assert fused.glu_supported(block.glu, x)
+    for part, module in ((wide.mixer, block.mixer), (wide, block)):
+        want = part.step(x.double(), before.double(), gamma.double())
+        got, plain = state.copy_(before), before.clone()
+        ours = error(module.step(x, got, gamma), want)
+        with torch.enable_grad():  # gradients: the plain way
+            assert ours <= 2 * error(module.step(x, plain, gamma).detach(), want)
+        assert error(got, plain) < 1e-2
 
 
 @torch.no_grad()
