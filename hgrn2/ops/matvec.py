@@ -20,11 +20,11 @@ from hgrn2.ops.gates import ACTIVATIONS, triton
 from hgrn2.ops.launch import kinds, launch
 from hgrn2.ops.step import LIMITS
 
-MAX_ROWS = 8
+MAX_ROWS = 2  # measured on an H200: torch's products (tensor cores) are as fast from 4 rows on
 MAX_WIDTH = 8192
 _NORMS = {None: 0, "rms": 1, "layer": 2}
-# elements of W a program and its warps, by rows of x: in registers, with room for the products
-_TILES = {1: (8192, 4), 2: (8192, 4), 4: (8192, 8), 8: (8192, 8)}
+_ELEMENTS = 8192  # of W a program, in registers
+_WARPS = 4
 
 if triton is not None:
     import triton.language as tl
@@ -44,45 +44,46 @@ if triton is not None:
             tl.extra.cuda.gdc_wait()
         if START == 1 or START == 2:
             tl.extra.cuda.gdc_launch_dependents()
-        o_b = tl.arange(0, BB)
-        o_m = tl.program_id(0) * BM + tl.arange(0, BM)
-        o_n = tl.arange(0, BN)
-        m_b = o_b < B
-        m_m = o_m < M
+        # all tiles are [B, M, N], loaded so: their layouts agree, and none goes through shared memory to meet another
+        o_b = tl.arange(0, BB)[:, None, None]
+        o_m = (tl.program_id(0) * BM + tl.arange(0, BM))[None, :, None]
+        o_n = tl.arange(0, BN)[None, None, :]
         m_n = o_n < N
-        p_w = w_ptr + o_m.to(tl.int64)[:, None] * N + o_n[None, :]
-        w = tl.load(p_w, mask=m_m[:, None] & m_n[None, :], other=0.0, eviction_policy="evict_first")
+        p_w = w_ptr + o_m.to(tl.int64) * N + o_n
+        w = tl.load(p_w, mask=(o_m < M) & m_n, other=0.0, eviction_policy="evict_first")
         if HAS_G:
             g = tl.load(g_ptr + o_n, mask=m_n, other=0.0).to(tl.float32)
         if HAS_SHIFT:
             shift = tl.load(shift_ptr + o_n, mask=m_n, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + o_m, mask=m_m, other=0.0).to(tl.float32)
-        if START == 3:
+        # also where nothing is left to wait for: no load moves past it, so that all of W is under way before the sums
+        if START > 0:
             tl.extra.cuda.gdc_wait()
+        if START == 3:
             tl.extra.cuda.gdc_launch_dependents()
-        m_x = m_b[:, None] & m_n[None, :]
-        p_x = x_ptr + o_b[:, None] * (N if GATE < 0 else 2 * N) + o_n[None, :]
+        m_x = (o_b < B) & m_n
+        p_x = x_ptr + o_b * (N if GATE < 0 else 2 * N) + o_n
         x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
         if GATE >= 0:
             x = activate_tile(x, GATE) * tl.load(p_x + N, mask=m_x, other=0.0).to(tl.float32)
         if NORM == 2:
-            x = tl.where(m_x, x - tl.sum(x, axis=1)[:, None] / N, 0.0)
+            x = tl.where(m_x, x - tl.sum(x, axis=2, keep_dims=True) / N, 0.0)
         if NORM > 0:
-            scale = tl.rsqrt(tl.sum(x * x, axis=1) / N + eps)
+            scale = tl.rsqrt(tl.sum(x * x, axis=2) / N + eps)
         if NORM == 2:
-            x *= scale[:, None]
+            x *= scale[:, :, None]
         if HAS_G:
-            x *= g[None, :]
+            x *= g
         if HAS_SHIFT:
-            x += shift[None, :]
-        y = tl.sum(w.to(tl.float32)[None, :, :] * x[:, None, :], axis=2)
+            x += shift
+        y = tl.sum(w.to(tl.float32) * x, axis=2)
         if NORM == 1:  # here, so that neither sum waits for the other
-            y *= scale[:, None]
+            y *= scale
+        o_b = tl.arange(0, BB)[:, None]
+        o_m = (tl.program_id(0) * BM + tl.arange(0, BM))[None, :]
         if HAS_BIAS:
-            y += bias[None, :]
-        m_y = m_b[:, None] & m_m[None, :]
-        o_y = o_b[:, None] * M + o_m[None, :]
+            y += tl.load(bias_ptr + o_m, mask=o_m < M, other=0.0).to(tl.float32)
+        o_y = o_b * M + o_m
+        m_y = (o_b < B) & (o_m < M)
         if HAS_RES:
             y += tl.load(res_ptr + o_y, mask=m_y, other=0.0).to(tl.float32)
         tl.store(y_ptr + o_y, y.to(y_ptr.dtype.element_ty), mask=m_y)
@@ -103,16 +104,15 @@ def matvec(
     norm: ("rms" | "layer", weight, bias, eps); an RMS norm has no bias.
     gate: the activation of a GLU: x is `[B, 2N]` and n(x) = act(first half) * second half; "no" for no GLU.
     start, from compute capability 9.0 on (0 elsewhere): 1 after the kernel before, letting the next start early; 2 the
-    same with the launch itself ahead of time; 3 reading the weights early (the kernel before must not write them).
+    same with the launch itself ahead of time; 3 besides reading the weights early, which the kernel before must not
+    have written.
     """
     rows, (out, width) = x.shape[0], weight.shape
     y = torch.empty((rows, out), dtype=x.dtype, device=x.device)
     kind, g, shift, eps = (None, None, None, 0.0) if norm is None else norm
     padded, n_rows = 1 << (width - 1).bit_length(), 1 << (rows - 1).bit_length()
-    elements, warps = _TILES[n_rows]
-    if padded > 4096:  # two rows of W at least for each pass over x
-        elements, warps = 2 * elements, 2 * warps
-    tile = max(1, elements // padded)
+    wide = 2 if padded > 4096 else 1  # two rows of W at least for each pass over x
+    tile = max(1, wide * _ELEMENTS // padded)
     args = (x, weight, bias, g, shift, residual, y, eps, rows, out)
     constants = dict(
         BB=n_rows, N=width, BM=tile, BN=padded, NORM=_NORMS[kind], GATE=-1 if gate == "no" else ACTIVATIONS.index(gate),
@@ -120,7 +120,7 @@ def matvec(
         START=start,
     )  # fmt: skip
     key = kinds((x, weight, bias, g, shift, residual))
-    launch(matvec_kernel, -(-out // tile), args, constants, warps, key, pdl=start > 1)
+    launch(matvec_kernel, -(-out // tile), args, constants, wide * _WARPS, key, pdl=start > 1)
     return y
 
 
@@ -132,8 +132,7 @@ def early_start(index: int) -> bool:
 
 def matvec_supported(index: int, rows: int, width: int, dtype: torch.dtype) -> bool:
     """Whether `matvec` runs and is right on CUDA device `index`, and is worth it; tests it at first use."""
-    most = MAX_ROWS if width <= 4096 else MAX_ROWS // 2  # more do not fit in registers
-    return 0 < rows <= most and _checked(index, width, dtype)
+    return 0 < rows <= MAX_ROWS and _checked(index, width, dtype)
 
 
 @functools.cache
@@ -154,7 +153,7 @@ def _self_test(index: int, width: int, dtype: torch.dtype) -> str | None:
     """None if products after each norm agree with torch in fp32, else what is wrong."""
     device = torch.device("cuda", index)
     generator = torch.Generator(device).manual_seed(0)
-    shapes = ((3, width), (301, width), (3, 301), (width,), (width,))
+    shapes = ((2, width), (301, width), (2, 301), (width,), (width,))
     x, weight, residual, g, shift = (
         torch.randn(shape, device=device, generator=generator).to(dtype) for shape in shapes
     )

@@ -99,7 +99,7 @@ def test_two_hundred_steps_equal_the_scan(dim):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
-@pytest.mark.parametrize(("rows", "width", "out"), [(1, 2048, 6144), (8, 768, 100), (3, 2560, 2560), (2, 5632, 64)])
+@pytest.mark.parametrize(("rows", "width", "out"), [(1, 2048, 6144), (2, 768, 100), (1, 2560, 2560), (2, 5632, 64)])
 @pytest.mark.parametrize("norm", [None, "rms", "layer", "gate"])
 def test_matvec(dtype, rows, width, out, norm):
     x, weight, bias = (torch.randn(s, device="cuda").to(dtype) for s in ((rows, width), (out, width), (out,)))
