@@ -49,7 +49,7 @@ def mixer_supported(mixer: nn.Module, x: Tensor, state: Tensor, lower_bound: Ten
     if x.device.type != "cuda" or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
     heads, dim, c = state.shape[1], state.shape[-1], mixer.config
-    if x.dim() != 2 or state.dtype != torch.float32:
+    if x.dim() != 2 or state.dtype != torch.float32 or c.impl not in ("auto", "triton"):
         return False
     if torch.is_autocast_enabled("cuda") or x.device.index != torch.cuda.current_device():
         return False
