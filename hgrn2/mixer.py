@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hgrn2.config import HGRN2Config
+from hgrn2.fused import fused_mixer_step, mixer_supported
 from hgrn2.layers import make_norm
 from hgrn2.ops import hgrn2_scan, hgrn2_scan_2d, hgrn2_step
 from hgrn2.ops.gates import forget_gate
@@ -113,6 +114,8 @@ class HGRN2Mixer(nn.Module):
 
     def step(self, x: Tensor, state: Tensor, lower_bound: Tensor | None = None) -> Tensor:
         """One token `[B, D]` -> `[B, D]`; `state` `[B, H, K, V]` is updated in place."""
+        if mixer_supported(self, x, state, lower_bound):
+            return fused_mixer_step(self, x, state, lower_bound)
         q, f, v = self._project(x)
         o = hgrn2_step(q, f, v, state, lower_bound, q_act=self.config.q_act, v_act=self.config.v_act)
         return self._output(o)

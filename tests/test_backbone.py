@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hgrn2 import ConfigError, HGRN2Backbone, HGRN2Config, HGRN2Mixer
+from hgrn2.decode import GraphedStep
 from tasks.lm.model import LanguageModel
 from tasks.vision.model import ImageClassifier
 
@@ -227,6 +228,11 @@ def test_decoding_equals_the_parallel_forward(form):
     rest, _ = backbone(x[:, 11:], state=state, return_state=True)
     pieces = torch.cat([head, torch.stack(tail, dim=1), rest], dim=1)
     torch.testing.assert_close(pieces, want, rtol=1e-5, atol=1e-5)
+    other = backbone.init_state(3)
+    decode = GraphedStep(backbone.step, other, backbone.gammas())
+    again = torch.stack([decode(x[:, t]) for t in range(17)], dim=1)
+    assert torch.equal(again, steps)
+    assert other.any()
 
 
 @pytest.mark.parametrize("scan", ["causal", "bidirectional"])

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from hgrn2.ops.chunked import chunked_scan
-from hgrn2.ops.gates import ACTIVATIONS, activate, forget_gate
+from hgrn2.ops.gates import ACTIVATIONS
 from hgrn2.ops.library import triton_scan, triton_supported
 from hgrn2.ops.reference import compute_dtype, recurrent_scan
 from hgrn2.ops.scan_library import lane_scan
+from hgrn2.ops.step import step_supported, torch_step, triton_step
 
 IMPLS = ("auto", "reference", "torch", "triton")
 DIRECTIONS = ("forward", "reverse", "both")
@@ -133,6 +134,8 @@ def hgrn2_step(
 ) -> Tensor:
     """One token of the recurrence, for decoding: no gradients, `state` is updated in place.
 
+    On CUDA one Triton kernel (for a contiguous fp32 state), which a CUDA graph may hold after one call outside of it.
+
     Args:
         q, f, v: `[B, H, K]`.
         state: `[B, H, K, V]` fp32 (fp64 for fp64 inputs).
@@ -143,14 +146,8 @@ def hgrn2_step(
     """
     _check_inputs(q, f, v, lower_bound, q_act, v_act, ndim=3, legend="[B, H, K]")
     _check_state("state", state, (q.shape[0], q.shape[1], q.shape[2], q.shape[2]), compute_dtype(q))
-    dtype = compute_dtype(q)
-    with torch.autocast(q.device.type, enabled=False):
-        gamma = None if lower_bound is None else lower_bound.to(dtype)
-        k, log_lam = forget_gate(f.to(dtype), gamma)
-        v_ = activate(v.to(dtype), v_act)
-        q_ = activate(q.to(dtype), q_act)
-        state.mul_(log_lam.exp().unsqueeze(-1)).addcmul_(k.unsqueeze(-1), v_.unsqueeze(-2))
-        return (q_.unsqueeze(-2) @ state).squeeze(-2).to(q.dtype)
+    on_triton = q.device.type == "cuda" and step_supported(q, state, lower_bound, q_act, v_act) is None
+    return (triton_step if on_triton else torch_step)(q, f, v, state, lower_bound, q_act, v_act)
 
 
 def choose_impl(device: torch.device | str, head_dim: int) -> tuple[str, str]:

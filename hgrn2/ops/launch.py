@@ -3,6 +3,7 @@
 The first call of a kind goes through Triton with tensors; later ones start the compiled kernels with bare addresses.
 """
 
+import contextlib
 import operator
 
 import torch
@@ -113,3 +114,31 @@ class Plans(dict):
         if len(self) >= _MOST_PLANS:
             self.clear()
         super().__setitem__(key, plan)
+
+
+def on_device(x: torch.Tensor):
+    """A context in which the device of x is current."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def launch(kernel, programs: int, args: tuple, constants: dict, warps: int, key: tuple, pdl: bool = False) -> None:
+    """Run `programs` programs of a jitted kernel; args come first in its signature, constants after them.
+
+    key: `kinds` of all tensors that come from a caller. Fresh ones are aligned, and all other integers in args must be
+    ones that the kernel does not specialise on, below 2^31. pdl: programmatic dependent launch: the kernel may start
+    before its predecessor ends, and must wait in its own code.
+    """
+    if tiles.INTERPRET:
+        kernel[(programs,)](*args, **constants, num_warps=warps)
+        return
+    key = (id(kernel), warps, pdl, key, *constants.values())
+    found = _compiled.get(key)
+    if found is None:
+        compiled = kernel[(programs,)](*args, **constants, num_warps=warps, launch_pdl=pdl)
+        names = [parameter.name for parameter in kernel.params[len(args) :]]
+        _compiled[key] = compiled, [constants[name] for name in names]
+        return
+    compiled, values = found
+    compiled[(programs, 1, 1)](*args, *values)

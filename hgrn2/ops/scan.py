@@ -148,8 +148,8 @@ class _Lines:
         if bound:
             self.scratch.add(dlb, (self.segments, self.heads, self.dim), torch.float32)
         values = dict(
-            UNROLL=_UNROLL[self.dim][1], ADD=add, LB_GRAD=bound, HAS_ENTER=enter != "none", HAS_D_ENTER=d_enter != "none",
-            HAS_D_LEAVE=d_leave != "none",
+            UNROLL=_UNROLL[self.dim][1], ADD=add, LB_GRAD=bound, HAS_ENTER=enter != "none",
+            HAS_D_ENTER=d_enter != "none", HAS_D_LEAVE=d_leave != "none",
         )  # fmt: skip
         self._add(
             scan_grad_kernel, programs, values, dlb=dlb, dk=kept[0], dq2=kept[-1], enter=enter, d_enter=d_enter,

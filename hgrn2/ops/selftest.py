@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Callable
 
 import torch
 
@@ -38,19 +39,28 @@ def run_self_test(
     index: int, dim: int, dtype: torch.dtype, lower_bound: bool, direction: str, q_act: str | None, v_act: str | None
 ) -> str | None:
     """None if the kernels for these inputs are right on CUDA device `index`, else what is wrong; cached on disk."""
+    case = [dim, str(dtype), lower_bound, direction, q_act, v_act]
+    return remembered(index, case, lambda: _run(index, dim, dtype, lower_bound, direction, q_act, v_act))
+
+
+def remembered(index: int, case: list, test: Callable[[], str | None]) -> str | None:
+    """The verdict of a self-test on CUDA device `index`, from disk if it ran before: None or what is wrong."""
     import triton
 
     if torch.cuda.is_current_stream_capturing():
         return None
-    name = torch.cuda.get_device_name(index)
-    versions = [triton.__version__, torch.__version__, _code_version()]
-    key = [name, *versions, dim, str(dtype), lower_bound, direction, q_act, v_act]
+    key = [torch.cuda.get_device_name(index), triton.__version__, torch.__version__, _code_version(), *case]
     path = cache_folder() / f"selftest-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.json"
     try:
         return json.loads(path.read_text())["failure"]
     except (OSError, ValueError, KeyError):
         pass  # not tested yet, or not readable: test
-    failure = _run(index, dim, dtype, lower_bound, direction, q_act, v_act)
+    try:
+        with torch.inference_mode(False), torch.autocast("cuda", enabled=False), torch.cuda.device(index):
+            failure = test()
+            torch.cuda.synchronize(index)
+    except Exception as error:  # whatever a compiler or driver may raise: the torch form still works
+        failure = f"the kernels for {case} raised {type(error).__name__}: {str(error)[:200]}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(f".{os.getpid()}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hgrn2 import ConfigError, HGRN2Backbone, HGRN2Config
+from hgrn2.decode import GraphedStep
 
 
 class LanguageModel(nn.Module):
@@ -44,7 +45,7 @@ class LanguageModel(nn.Module):
     def generate(self, prompt: Tensor, new_tokens: int, temperature: float, generator: torch.Generator) -> Tensor:
         """Continue prompts `[B, T]` (T >= 1) by sampling: `[B, T + new_tokens]`, in constant memory a token."""
         logits, state = self(prompt, return_state=True)
-        logits, tokens, gammas = logits[:, -1], [prompt], self.backbone.gammas()
+        logits, tokens, step = logits[:, -1], [prompt], GraphedStep(self.step, state, self.backbone.gammas())
         for i in range(new_tokens):
             if temperature == 0:
                 token = logits.argmax(-1)
@@ -53,5 +54,5 @@ class LanguageModel(nn.Module):
                 token = torch.multinomial(probs, 1, generator=generator).squeeze(1).to(prompt.device)
             tokens.append(token[:, None])
             if i + 1 < new_tokens:
-                logits = self.step(token, state, gammas)
+                logits = step(token)
         return torch.cat(tokens, dim=1)

@@ -17,7 +17,9 @@ triton = pytest.importorskip("triton")
 
 # shared memory one program may have, in bytes
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
-FP32 = {"total_ptr", "lb_ptr", "init_ptr", "final_ptr", "seg_ptr", "decay_ptr", "dlb_ptr", "diag_ptr", "qf_ptr"}
+FP32 = {
+    "total_ptr", "lb_ptr", "init_ptr", "final_ptr", "seg_ptr", "decay_ptr", "dlb_ptr", "diag_ptr", "qf_ptr", "state_ptr"
+}  # fmt: skip
 INT32 = {"safe_ptr", "table_ptr", "len_ptr"}
 PRODUCT = {"qx_ptr", "kx_ptr", "ex_ptr", "x_ptr", "states_ptr", "dstates_ptr", "a_ptr", "da_ptr"}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -76,7 +78,7 @@ def compile_for(capability: int, kernel, dtype: torch.dtype, constants: dict, ab
             signature[name] = "*" + ("bf16" if name == "mask_ptr" else kind)
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if name == "fast_limit" else "i32"
+            signature[name] = "fp32" if name in ("fast_limit", "eps") else "i32"
             if "stride" in name:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, values, attributes)

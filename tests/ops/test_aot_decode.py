@@ -1,0 +1,52 @@
+"""The decoding kernels compile ahead of time for every chip, without a GPU, fit its shared memory and do not spill."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from test_aot import SHARED, compile_for
+
+
+def variants(capability: int):
+    """(label, kernel, constants, absent arguments, warps): every head dim, and each tile of a 2048-wide layer."""
+    from hgrn2.ops import matvec, step
+
+    early = capability >= 90
+    for dim in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        heads, columns = step.blocks(2048 // dim, dim)
+        constants = dict(K=dim, BH=heads, BV=columns, HAS_LB=True, Q_ACT=1, V_ACT=2, OVERLAP=early)
+        yield f"step {dim}", step.step_kernel, constants, [], step._WARPS
+    for rows in (1, 2):
+        for norm, width, gate in ((0, 2048, -1), (1, 2048, -1), (2, 2048, -1), (0, 5632, 1)):
+            wide, padded = (2, 8192) if width > 4096 else (1, width)
+            absent = ["bias_ptr"] + ["g_ptr"] * (norm == 0) + ["shift_ptr"] * (norm < 2)
+            constants = dict(
+                BB=rows, N=width, BM=wide * matvec._ELEMENTS // padded, BN=padded, NORM=norm, GATE=gate, HAS_BIAS=False,
+                HAS_G=norm > 0, HAS_SHIFT=norm == 2, HAS_RES=True, START=3 if early else 0,
+            )  # fmt: skip
+            label = f"matvec {rows} rows, norm {norm}, width {width}"
+            yield label, matvec.matvec_kernel, constants, absent, wide * matvec._WARPS
+
+
+@pytest.mark.parametrize("capability", [86, 90, *(pytest.param(c, marks=pytest.mark.slow) for c in (80, 89, 100, 120))])
+def test_decoding_kernels_compile_and_fit(capability, tmp_path):
+    # a process of its own: here Triton may be its interpreter
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, __file__, str(capability)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert len(report) == 17
+    assert not {name: row for name, row in report.items() if row["shared"] > SHARED[capability] or row.get("stack")}
+
+
+if __name__ == "__main__":
+    chip = int(sys.argv[1])
+    print(
+        json.dumps({label: compile_for(chip, kernel, torch.bfloat16, *rest) for label, kernel, *rest in variants(chip)})
+    )
