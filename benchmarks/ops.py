@@ -9,6 +9,7 @@ and ops.png beside this file.
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import statistics
 import subprocess
@@ -33,6 +34,18 @@ SHAPES = {
     "strong decay": (8, 2048, 16, 128, -4.0, 2.0, False),
 }
 LENGTHS = {f"{2**17 // b}": (b, 2**17 // b) for b in (64, 16, 4, 1)}  # 131,072 tokens, H16 D128
+
+
+def commit_of() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def draw(batch, time, heads, dim, mean, spread, bound, dtype=torch.bfloat16):
@@ -205,18 +218,11 @@ def main() -> None:
     parser.add_argument("--commit", help="recorded as the code's version (default: asked of git)")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    commit = args.commit or subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    try:
-        from importlib.metadata import version
-
-        fla_version = None if args.quick else version("flash-linear-attention")
-    except ImportError:
-        fla_version = None
+    fla_version = None if args.quick else version_of("flash-linear-attention")
     result = {
         "date": datetime.date.today().isoformat(),
         "command": "python " + " ".join(sys.argv),
-        "commit": commit,
+        "commit": args.commit or commit_of(),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,

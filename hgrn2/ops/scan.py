@@ -102,7 +102,7 @@ class _Lines:
         self.plan.add(kernel, programs, warps, self.values | values, **self.absent, **names)
 
     def _resident(self, kind: int) -> int:
-        return min(self.blocks, _multiprocessors(self.device) * _RESIDENT[self.dim][kind])
+        return min(self.blocks, int(_multiprocessors(self.device) * _RESIDENT[self.dim][kind]))
 
     def states(self, slots: Slots, name: str, enter: str, leave: str, grad: bool) -> str:
         """The states that enter the segments (grad: their gradients) from `enter` to `leave`; the name they have."""

@@ -1,0 +1,76 @@
+"""The kernels for small states compile ahead of time for every chip, without a GPU; registers and spills are kept."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from test_aot import SHARED, compile_for, record
+
+
+def variants(dim: int):
+    """(label, kernel, constants, absent arguments, warps): both directions at once, from and to other segments."""
+    from hgrn2.ops import scan, scan_bwd, scan_fwd
+
+    common = dict(
+        K=dim, LANES=scan._LANES, UNROLL=scan._UNROLL[dim][0], FLIP=False, BOTH=True, VARLEN=False, HAS_LEN=False,
+        HAS_LB=True, Q_ACT=1, V_ACT=0, ADD=False, LB_GRAD=True, HAS_ENTER=True, HAS_LEAVE=False, HAS_D_ENTER=True,
+        HAS_D_LEAVE=False, HAS_INIT=False, HAS_FINAL=False,
+    )  # fmt: skip
+    for label, kernel, constants, absent in (
+        ("segment", scan_fwd.scan_segment_kernel, dict(GRAD=False, X_ACT=0, Y_ACT=0), ["x_ptr"]),
+        ("segment grad", scan_fwd.scan_segment_kernel, dict(GRAD=True, X_ACT=1, Y_ACT=0), []),
+        ("carry", scan_fwd.scan_carry_kernel, dict(GRAD=False, LANES=32, UNROLL=8), ["init_ptr", "final_ptr"]),
+        ("out", scan_fwd.scan_out_kernel, {}, ["leave_ptr"]),
+        ("grad", scan_bwd.scan_grad_kernel, dict(UNROLL=scan._UNROLL[dim][1]), ["d_leave_ptr"]),
+    ):
+        constants = common | constants
+        constants = {name: constants[name] for name in kernel.arg_names if name in constants}
+        warps = 1 if label == "carry" else scan._WARPS
+        yield f"bf16:{dim} scan {label}", kernel, constants, ["table_ptr", "len_ptr", *absent], warps
+
+
+# each head dim once on the chip that was measured, each other chip once; all on all under -m slow
+ROUND = {80: [1], 86: [2], 89: [4], 90: [1, 2, 4, 8], 100: [8], 120: [2]}
+
+
+def check(capability: int, dims: list[int], folder) -> None:
+    # a process of its own: here Triton may be its interpreter
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder)}
+    command = [sys.executable, __file__, str(capability), *map(str, dims)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert len(report) == 5 * len(dims)
+    record(capability, report)
+    assert not {name: row for name, row in report.items() if row["shared"] > SHARED[capability]}
+    # states that spill would go to memory at every token; eight by eight of both directions just do not fit
+    assert not {name: row for name, row in report.items() if row.get("stack", 0) > 512}
+
+
+@pytest.mark.parametrize("capability", ROUND)
+def test_kernels_compile_and_fit(capability, tmp_path):
+    check(capability, ROUND[capability], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED)
+def test_every_head_dim_on_every_chip(capability, tmp_path):
+    check(capability, [1, 2, 4, 8], tmp_path)
+
+
+if __name__ == "__main__":
+    chip = int(sys.argv[1])
+    print(
+        json.dumps(
+            {
+                label: compile_for(chip, kernel, torch.bfloat16, *rest)
+                for dim in sys.argv[2:]
+                for label, kernel, *rest in variants(int(dim))
+            }
+        )
+    )
