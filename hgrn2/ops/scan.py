@@ -24,6 +24,8 @@ _MIN_SEGMENT = 16
 _MAX_SEGMENT = {1: 128, 2: 64, 4: 64, 8: 128}
 # tokens on their way per thread, (outputs, gradients): compile time grows with the square of it
 _UNROLL = {1: (8, 8), 2: (8, 4), 4: (4, 2), 8: (2, 1)}
+# head dims whose two states do not fit the registers together: the gradients of opposite scans run one by one
+_SPLIT = ()
 # programs per multiprocessor that go through the blocks of lanes, (outputs, gradients)
 _RESIDENT = {1: (4, 4), 2: (4, 2), 4: (4, 2), 8: (3, 2)}
 
@@ -111,6 +113,8 @@ class _Lines:
         shape = (2 if self.options.both else 1, self.segments, self.heads, self.dim, self.dim)
         name = f"{name}{self.axis}"
         slots.add(name, shape, torch.float32)
+        if self.options.both:
+            slots.add_part(f"{name}+", name, 1)
         decay = f"decay{len(self.scratch.of)}"
         self.scratch.add(decay, shape[1:-1], torch.float32)
         x, y = ("q", "do") if grad else ("f", "v")
@@ -135,26 +139,34 @@ class _Lines:
         values = dict(ADD=add, HAS_ENTER=enter != "none", HAS_LEAVE=leave != "none")
         self._add(scan_out_kernel, self._resident(0), values, enter=enter, leave=leave)
 
-    def gradients(self, enter: str, d_enter: str, d_leave: str, bound: bool, add: bool) -> None:
-        d_leave = "none" if self.carried else d_leave
+    def gradients(self, enter: str, d_enter: str, d_leave: str, bound: bool, add: bool) -> list[str]:
+        """dq, df and dv; returns the names of the segments' shares of d lower_bound."""
         programs = self._resident(1)
         shape, dtype = (programs, self.length, _LANES, self.dim), torch.float32
         if self.dim == 8:
             shape, dtype = (2, *shape), torch.int16
-        kept = [f"{name}{self.axis}" for name in (("dk", "dq2") if self.options.both else ("dk",))]
-        for name in kept:
-            self.scratch.add(name, shape, dtype)
-        dlb = f"dlb{self.axis}" if bound else "none"
-        if bound:
-            self.scratch.add(dlb, (self.segments, self.heads, self.dim), torch.float32)
-        values = dict(
-            UNROLL=_UNROLL[self.dim][1], ADD=add, LB_GRAD=bound, HAS_ENTER=enter != "none",
-            HAS_D_ENTER=d_enter != "none", HAS_D_LEAVE=d_leave != "none",
-        )  # fmt: skip
-        self._add(
-            scan_grad_kernel, programs, values, dlb=dlb, dk=kept[0], dq2=kept[-1], enter=enter, d_enter=d_enter,
-            d_leave=d_leave,
-        )  # fmt: skip
+        split = self.options.both and self.dim in _SPLIT
+        shares = []
+        for slot in (0, 1) if split else (0,):
+            names = dict(enter=enter, d_enter=d_enter, d_leave="none" if self.carried else d_leave)
+            if slot and self.carried:
+                names |= dict(enter=f"{enter}+", d_enter=f"{d_enter}+")
+            both = self.options.both and not split
+            for name in ("dk", "dq2") if both else ("dk",):
+                names[name] = f"{name}{self.axis}"
+                if names[name] not in self.scratch.of:
+                    self.scratch.add(names[name], shape, dtype)
+            names["dlb"] = f"dlb{self.axis}{slot}" if bound else "none"
+            if bound:
+                self.scratch.add(names["dlb"], (self.segments, self.heads, self.dim), torch.float32)
+                shares.append(names["dlb"])
+            values = dict(
+                FLIP=self.options.flip != (slot == 1), BOTH=both, UNROLL=_UNROLL[self.dim][1], ADD=add or slot == 1,
+                LB_GRAD=bound, HAS_ENTER=enter != "none", HAS_D_ENTER=d_enter != "none",
+                HAS_D_LEAVE=names["d_leave"] != "none",
+            )  # fmt: skip
+            self._add(scan_grad_kernel, programs, values, **({"dq2": "none"} | names))
+        return shares
 
 
 def _lines(plan, scratch, options, q, f, v, lower_bound, lengths, documents) -> list[_Lines]:
@@ -234,7 +246,7 @@ def backward(q, f, v, do, d_final, lower_bound, initial_state, lengths, cu_seqle
             Slots(),
         )
         enter, d_enter = "none" if initial_state is None else "init", "none" if d_final is None else "d_final"
-        d_leave = "d_initial" if initial else "none"
+        d_leave, shares = "d_initial" if initial else "none", []
         every = _lines(plan, scratch, options, q, f, v, lower_bound, lengths, documents)
         for i, lines in enumerate(every):
             lines.strides("do", do)
@@ -244,9 +256,9 @@ def backward(q, f, v, do, d_final, lower_bound, initial_state, lengths, cu_seqle
             states = lines.states(saved, "states", enter, "none", False)
             lines.plan = plan
             d_states = lines.states(scratch, "d_states", d_enter, d_leave, True)
-            lines.gradients(states, d_states, d_leave, bound, i > 0)
-        found = _backward_plans[key] = plan, saved, scratch, every[0].segments, every[0].length
-    plan, saved, scratch, segments, length = found
+            shares += lines.gradients(states, d_states, d_leave, bound, i > 0)
+        found = _backward_plans[key] = plan, saved, scratch, shares, every[0].segments, every[0].length
+    plan, saved, scratch, shares, segments, length = found
     enter, d_enter = _turned(initial_state), _turned(d_final)
     d_leave = _ends(q, documents, d_enter) if initial else None
     table = None if documents is None else chunk_table(cu_seqlens, segments, length, False)
@@ -256,9 +268,7 @@ def backward(q, f, v, do, d_final, lower_bound, initial_state, lengths, cu_seqle
     )  # fmt: skip
     work = _scratch(q, scratch)
     plan.run(tensors, _scratch(q, saved) if kept is None else (saved, kept), work)
-    d_bound = None
-    if bound:
-        d_bound = sum(scratch.view(work[1], f"dlb{axis}").sum(0) for axis in options.axes)
+    d_bound = sum(scratch.view(work[1], name).sum(0) for name in shares) if bound else None
     return dq, df, dv, d_bound, _turned(d_leave)
 
 
