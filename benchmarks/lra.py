@@ -100,8 +100,8 @@ def ours(shape, width, dim, direction) -> dict:
         one = timed(lambda: scan(q, f, v, gamma, "forward"), leaves, do, True)
         result["one direction, fwd+bwd graph ms"] = one["fwd+bwd graph ms"]
     elif direction == "2d":
-        flat = [x.flatten(1, 2) for x in (q, f, v)]
-        one = timed(lambda: scan(*flat, gamma, "both"), leaves, do.flatten(1, 2), True)
+        flat = [x.detach().flatten(1, 2).requires_grad_() for x in (q, f, v)]
+        one = timed(lambda: scan(*flat, gamma, "both"), [*flat, gamma], do.flatten(1, 2), True)
         result["bidirectional 1-D, fwd+bwd graph ms"] = one["fwd+bwd graph ms"]
     return result
 

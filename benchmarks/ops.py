@@ -200,8 +200,8 @@ def plot(result: dict, path: Path) -> None:
     names = list(result["shapes"])
     rows = list(result["shapes"].values())
     series = {"memory floor": [r["floor ms"][1] for r in rows], "ours": [r["ours"]["fwd+bwd ms"] for r in rows]}
-    if all(r["fla"] for r in rows):
-        series["fla chunk_gla"] = [r["fla"]["fwd+bwd ms"] for r in rows]
+    if any(r["fla"] for r in rows):
+        series["fla chunk_gla"] = [r["fla"]["fwd+bwd ms"] if r["fla"] else float("nan") for r in rows]
     fig, ax = plt.subplots(figsize=(9, 4), layout="constrained")
     for i, (label, values) in enumerate(series.items()):
         ax.bar([x + 0.27 * (i - 1) for x in range(len(names))], values, 0.25, label=label)
@@ -215,6 +215,9 @@ def plot(result: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="our shapes only: no fla, no layer")
+    parser.add_argument(
+        "--peer", nargs="*", choices=SHAPES, default=list(SHAPES), help="shapes where fla is timed, too"
+    )
     parser.add_argument("--commit", help="recorded as the code's version (default: asked of git)")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
@@ -234,7 +237,7 @@ def main() -> None:
     for name, shape in SHAPES.items():
         row = {"shape": shape, "errors": gate(*shape), "floor ms": floor(*shape[:4], result["ceilings"]["copy TB/s"])}
         row["ours"] = ours(*draw(*shape))
-        row["fla"] = fla(*draw(*shape)) if fla_version else None
+        row["fla"] = fla(*draw(*shape)) if fla_version and name in args.peer else None
         result["shapes"][name] = row
         print(name, json.dumps(row), flush=True)
         torch.cuda.empty_cache()

@@ -23,11 +23,11 @@ _WANTED = {1: 512, 2: 512, 4: 512, 8: 256}
 _MIN_SEGMENT = 16
 _MAX_SEGMENT = {1: 128, 2: 64, 4: 64, 8: 128}
 # tokens on their way per thread, (outputs, gradients): compile time grows with the square of it
-_UNROLL = {1: (8, 8), 2: (8, 4), 4: (4, 2), 8: (2, 1)}
+_UNROLL = {1: (8, 8), 2: (8, 4), 4: (4, 4), 8: (2, 1)}
 # head dims whose two states do not fit the registers together: the gradients of opposite scans run one by one
 _SPLIT = ()
-# programs per multiprocessor that go through the blocks of lanes, (outputs, gradients)
-_RESIDENT = {1: (4, 4), 2: (4, 2), 4: (4, 2), 8: (3, 2)}
+# head dims whose states are cheaper to compute again than what they leave behind (see `scan_bwd`)
+_BLOCK = (1, 2)
 
 _forward_plans, _backward_plans = Plans(), Plans()
 
@@ -103,8 +103,8 @@ class _Lines:
     def _add(self, kernel, programs: int, values: dict, warps: int = _WARPS, **names: str) -> None:
         self.plan.add(kernel, programs, warps, self.values | values, **self.absent, **names)
 
-    def _resident(self, kind: int) -> int:
-        return min(self.blocks, int(_multiprocessors(self.device) * _RESIDENT[self.dim][kind]))
+    def _checkpoints(self, unroll: int) -> tuple[int, ...]:
+        return self.blocks, self.length // unroll, self.dim, _LANES, self.dim
 
     def states(self, slots: Slots, name: str, enter: str, leave: str, grad: bool) -> str:
         """The states that enter the segments (grad: their gradients) from `enter` to `leave`; the name they have."""
@@ -136,14 +136,20 @@ class _Lines:
 
     def outputs(self, enter: str, leave: str, add: bool) -> None:
         leave = "none" if self.carried else leave
-        values = dict(ADD=add, HAS_ENTER=enter != "none", HAS_LEAVE=leave != "none")
-        self._add(scan_out_kernel, self._resident(0), values, enter=enter, leave=leave)
+        block = self.options.both and self.dim in _BLOCK
+        values = dict(ADD=add, BLOCK=block, HAS_ENTER=enter != "none", HAS_LEAVE=leave != "none")
+        scratch = f"checkpoints{self.axis}" if block else "none"
+        if block:
+            self.scratch.add(scratch, self._checkpoints(_UNROLL[self.dim][0]), torch.float32)
+        self._add(scan_out_kernel, self.blocks, values, enter=enter, leave=leave, scratch=scratch)
 
     def gradients(self, enter: str, d_enter: str, d_leave: str, bound: bool, add: bool) -> list[str]:
         """dq, df and dv; returns the names of the segments' shares of d lower_bound."""
-        programs = self._resident(1)
-        shape, dtype = (programs, self.length, _LANES, self.dim), torch.float32
-        if self.dim == 8:
+        block = self.dim in _BLOCK
+        shape, dtype = (self.blocks, self.length, _LANES, self.dim), torch.float32
+        if block:
+            shape = self._checkpoints(_UNROLL[self.dim][1])
+        elif self.dim == 8:
             shape, dtype = (2, *shape), torch.int16
         split = self.options.both and self.dim in _SPLIT
         shares = []
@@ -162,10 +168,10 @@ class _Lines:
                 shares.append(names["dlb"])
             values = dict(
                 FLIP=self.options.flip != (slot == 1), BOTH=both, UNROLL=_UNROLL[self.dim][1], ADD=add or slot == 1,
-                LB_GRAD=bound, HAS_ENTER=enter != "none", HAS_D_ENTER=d_enter != "none",
+                BLOCK=block, LB_GRAD=bound, HAS_ENTER=enter != "none", HAS_D_ENTER=d_enter != "none",
                 HAS_D_LEAVE=names["d_leave"] != "none",
             )  # fmt: skip
-            self._add(scan_grad_kernel, programs, values, **({"dq2": "none"} | names))
+            self._add(scan_grad_kernel, self.blocks, values, **({"dq2": "none"} | names))
         return shares
 
 

@@ -10,6 +10,9 @@ S runs forwards and D backwards, so no thread has both at one token. But x_{t+1}
 x_0 = S_{-1} C_{-1} where the segment starts: the first loop runs D and leaves dk' in scratch, the second runs S and x.
 The dashed terms leave out a token's score with itself, which cancels. The opposite scan of BOTH shares the loops: its S
 runs in the first, which leaves its dq', and its D and x in the second.
+
+BLOCK: the first loop leaves its states at every UNROLL tokens, and the second runs them once more from there. Of small
+states that is far less than dk' and dq' of all tokens.
 """
 
 import triton
@@ -24,6 +27,7 @@ from hgrn2.ops.scan_common import (
     dot_states,
     dot_values,
     empty_state,
+    load_checkpoint,
     load_rows,
     load_scratch,
     load_state,
@@ -31,6 +35,7 @@ from hgrn2.ops.scan_common import (
     place,
     scaled,
     scratch_at,
+    store_checkpoint,
     store_scratch,
     store_state,
     strides_of,
@@ -41,133 +46,172 @@ from hgrn2.ops.scan_common import (
 @triton.jit(do_not_specialize=SIZES + strides_of("q f v do g"))
 def scan_grad_kernel(
     q_ptr, f_ptr, v_ptr, do_ptr, lb_ptr, dq_ptr, df_ptr, dv_ptr, dlb_ptr,
-    dk_ptr, dq2_ptr, enter_ptr, d_enter_ptr,
-    d_leave_ptr, table_ptr, len_ptr,
+    dk_ptr, dq2_ptr, enter_ptr, d_enter_ptr, d_leave_ptr, table_ptr, len_ptr,
     q_stride_b, q_stride_p, q_stride_t, q_stride_h, f_stride_b, f_stride_p, f_stride_t, f_stride_h,
     v_stride_b, v_stride_p, v_stride_t, v_stride_h, do_stride_b, do_stride_p, do_stride_t, do_stride_h,
     g_stride_b, g_stride_p, g_stride_t, g_stride_h,
     N, T, P, NS, NC, L, H,
     K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, FLIP: tl.constexpr, BOTH: tl.constexpr,
     VARLEN: tl.constexpr, HAS_LEN: tl.constexpr, HAS_LB: tl.constexpr, Q_ACT: tl.constexpr, V_ACT: tl.constexpr,
-    ADD: tl.constexpr, LB_GRAD: tl.constexpr, HAS_ENTER: tl.constexpr, HAS_D_ENTER: tl.constexpr,
+    ADD: tl.constexpr, BLOCK: tl.constexpr, LB_GRAD: tl.constexpr, HAS_ENTER: tl.constexpr, HAS_D_ENTER: tl.constexpr,
     HAS_D_LEAVE: tl.constexpr,
 ):  # fmt: skip
     """dq, df, dv of each segment (strides g) from the states and gradients that enter it; ADD: added to what they hold.
 
     dk_ptr, dq2_ptr: scratch. dlb_ptr `[NC, H, K]`: each segment's share of d lower_bound.
     """
-    p_scratch = scratch_at(L, K, LANES)
-    for block in tl.range(tl.program_id(0), (N + LANES - 1) // LANES, tl.num_programs(0)):
-        inside, c, row, line, head, t0, stored, real = locate(
-            block, N, table_ptr, len_ptr, T, P, NS, L, H, LANES, VARLEN, HAS_LEN
-        )
-        m_lane = inside[:, None]
-        o_k = tl.arange(0, K)[None, :]
-        gamma = tl.load(lb_ptr + head[:, None] * K + o_k) if HAS_LB else 0.0
-        p_q = q_ptr + tile_at(row, line, head, t0, q_stride_b, q_stride_p, q_stride_t, q_stride_h, K, K)
-        p_f = f_ptr + tile_at(row, line, head, t0, f_stride_b, f_stride_p, f_stride_t, f_stride_h, K, K)
-        p_v = v_ptr + tile_at(row, line, head, t0, v_stride_b, v_stride_p, v_stride_t, v_stride_h, K, K)
-        p_do = do_ptr + tile_at(row, line, head, t0, do_stride_b, do_stride_p, do_stride_t, do_stride_h, K, K)
-        p_grad = tile_at(row, line, head, t0, g_stride_b, g_stride_p, g_stride_t, g_stride_h, K, K)
-        p_state = (c * H + head)[:, None] * K * K + o_k
-        p_second = p_state + NC.to(tl.int64) * H * K * K
+    width: tl.constexpr = 2 * K if K == 8 and not BLOCK else K
+    p_scratch = scratch_at(L // UNROLL * K if BLOCK else L, K, width, LANES)
+    inside, c, row, line, head, t0, stored, real = locate(
+        tl.program_id(0), N, table_ptr, len_ptr, T, P, NS, L, H, LANES, VARLEN, HAS_LEN
+    )
+    m_lane = inside[:, None]
+    o_k = tl.arange(0, K)[None, :]
+    gamma = tl.load(lb_ptr + head[:, None] * K + o_k) if HAS_LB else 0.0
+    p_q = q_ptr + tile_at(row, line, head, t0, q_stride_b, q_stride_p, q_stride_t, q_stride_h, K, K)
+    p_f = f_ptr + tile_at(row, line, head, t0, f_stride_b, f_stride_p, f_stride_t, f_stride_h, K, K)
+    p_v = v_ptr + tile_at(row, line, head, t0, v_stride_b, v_stride_p, v_stride_t, v_stride_h, K, K)
+    p_do = do_ptr + tile_at(row, line, head, t0, do_stride_b, do_stride_p, do_stride_t, do_stride_h, K, K)
+    p_grad = tile_at(row, line, head, t0, g_stride_b, g_stride_p, g_stride_t, g_stride_h, K, K)
+    p_state = (c * H + head)[:, None] * K * K + o_k
+    p_second = p_state + NC.to(tl.int64) * H * K * K
 
-        grad = load_state(d_enter_ptr, p_state, m_lane, K) if HAS_D_ENTER else empty_state(LANES, K)
-        state2 = load_state(enter_ptr, p_second, m_lane, K) if HAS_ENTER and BOTH else empty_state(LANES, K)
-        for i in tl.range(0, L, UNROLL):
-            q = load_rows(p_q, i, q_stride_t, real, L, 0.0, K, UNROLL, not FLIP)
-            f = load_rows(p_f, i, f_stride_t, real, L, 100.0, K, UNROLL, not FLIP)
-            v = load_rows(p_v, i, v_stride_t, real, L, 0.0, K, UNROLL, not FLIP)
-            do = load_rows(p_do, i, do_stride_t, real, L, 0.0, K, UNROLL, not FLIP)
-            before = load_rows(dv_ptr + p_grad, i, g_stride_t, real, L, 0.0, K, UNROLL, not FLIP) if ADD else q
-            for u in tl.static_range(UNROLL):
-                t = place(i + u, L, not FLIP)
-                m = (t < real)[:, None]
-                b_q = activated(q[u], m, Q_ACT)
-                b_v = activated(v[u], m, V_ACT)
-                b_do = do[u].to(tl.float32)
-                _sigma, _minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB)
-                lam = tl.where(m, lam, 1.0)
+    grad = load_state(d_enter_ptr, p_state, m_lane, K) if HAS_D_ENTER else empty_state(LANES, K)
+    state2 = load_state(enter_ptr, p_second, m_lane, K) if HAS_ENTER and BOTH else empty_state(LANES, K)
+    for i in tl.range(0, L, UNROLL):
+        q = load_rows(p_q, i, q_stride_t, real, L, 0.0, K, UNROLL, not FLIP)
+        f = load_rows(p_f, i, f_stride_t, real, L, 100.0, K, UNROLL, not FLIP)
+        v = load_rows(p_v, i, v_stride_t, real, L, 0.0, K, UNROLL, not FLIP)
+        do = load_rows(p_do, i, do_stride_t, real, L, 0.0, K, UNROLL, not FLIP)
+        before = (
+            load_rows(dv_ptr + p_grad, i, g_stride_t, real, L, 0.0, K, UNROLL, not FLIP) if ADD and not BLOCK else q
+        )
+        if BLOCK:
+            store_checkpoint(dk_ptr + p_scratch, i // UNROLL, grad, K, LANES)
+            if BOTH:
+                store_checkpoint(dq2_ptr + p_scratch, i // UNROLL, state2, K, LANES)
+        for u in tl.static_range(UNROLL):
+            t = place(i + u, L, not FLIP)
+            m = (t < real)[:, None]
+            b_q = activated(q[u], m, Q_ACT)
+            b_v = activated(v[u], m, V_ACT)
+            b_do = do[u].to(tl.float32)
+            _sigma, _minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB)
+            lam = tl.where(m, lam, 1.0)
+            if not BLOCK:
                 store_scratch(dk_ptr + p_scratch, t, dot_values(grad, b_v, K), K, LANES)
-                grad = add_outer(grad, b_q, b_do, K)
+            grad = add_outer(grad, b_q, b_do, K)
+            if not BLOCK:
                 b_dv = dot_keys(grad, b_k, K)
-                grad = scaled(grad, lam, K)
-                if BOTH:
-                    state2 = scaled(state2, lam, K)
-                    store_scratch(dq2_ptr + p_scratch, t, dot_values(state2, b_do, K), K, LANES)
-                    state2 = add_outer(state2, b_k, b_v, K)
                 if V_ACT != 0:
                     b_dv = tl.where(m, b_dv * activate_grad_tile(v[u].to(tl.float32), V_ACT), 0.0)
                 if ADD:
                     b_dv += before[u].to(tl.float32)
                 p_out = dv_ptr + p_grad + t * g_stride_t * K
                 tl.store(p_out, b_dv.to(dv_ptr.dtype.element_ty), mask=(t < stored)[:, None])
-        if HAS_D_LEAVE:
-            store_state(d_leave_ptr, p_state, grad, m_lane, K)
-        tl.debug_barrier()
+            grad = scaled(grad, lam, K)
+            if BOTH:
+                state2 = scaled(state2, lam, K)
+                if not BLOCK:
+                    store_scratch(dq2_ptr + p_scratch, t, dot_values(state2, b_do, K), K, LANES)
+                state2 = add_outer(state2, b_k, b_v, K)
+    if HAS_D_LEAVE:
+        store_state(d_leave_ptr, p_state, grad, m_lane, K)
+    tl.debug_barrier()
 
-        state = load_state(enter_ptr, p_state, m_lane, K) if HAS_ENTER else empty_state(LANES, K)
-        b_x = dot_states(state, grad, K)
-        grad2 = load_state(d_enter_ptr, p_second, m_lane, K) if HAS_D_ENTER and BOTH else empty_state(LANES, K)
-        b_x2 = dot_states(state2, grad2, K)
-        b_dlb = tl.zeros([LANES, K], dtype=tl.float32)
-        for i in tl.range(0, L, UNROLL):
-            q = load_rows(p_q, i, q_stride_t, real, L, 0.0, K, UNROLL, FLIP)
-            f = load_rows(p_f, i, f_stride_t, real, L, 100.0, K, UNROLL, FLIP)
-            v = load_rows(p_v, i, v_stride_t, real, L, 0.0, K, UNROLL, FLIP)
-            do = load_rows(p_do, i, do_stride_t, real, L, 0.0, K, UNROLL, FLIP)
-            dk = load_scratch(dk_ptr + p_scratch, i, L, K, LANES, UNROLL, FLIP)
-            dq2 = load_scratch(dq2_ptr + p_scratch, i, L, K, LANES, UNROLL, FLIP) if BOTH else dk
-            dv = load_rows(dv_ptr + p_grad, i, g_stride_t, real, L, 0.0, K, UNROLL, FLIP) if BOTH else q
-            dq = load_rows(dq_ptr + p_grad, i, g_stride_t, real, L, 0.0, K, UNROLL, FLIP) if ADD else q
-            df = load_rows(df_ptr + p_grad, i, g_stride_t, real, L, 0.0, K, UNROLL, FLIP) if ADD else q
-            for u in tl.static_range(UNROLL):
-                t = place(i + u, L, FLIP)
-                m = (t < real)[:, None]
-                m_out = (t < stored)[:, None]
-                b_dk = dk[u]
-                b_q = activated(q[u], m, Q_ACT)
+    state = load_state(enter_ptr, p_state, m_lane, K) if HAS_ENTER else empty_state(LANES, K)
+    b_x = dot_states(state, grad, K)
+    grad2 = load_state(d_enter_ptr, p_second, m_lane, K) if HAS_D_ENTER and BOTH else empty_state(LANES, K)
+    b_x2 = dot_states(state2, grad2, K)
+    b_dlb = tl.zeros([LANES, K], dtype=tl.float32)
+    for i in tl.range(0, L, UNROLL):
+        q = load_rows(p_q, i, q_stride_t, real, L, 0.0, K, UNROLL, FLIP)
+        f = load_rows(p_f, i, f_stride_t, real, L, 100.0, K, UNROLL, FLIP)
+        v = load_rows(p_v, i, v_stride_t, real, L, 0.0, K, UNROLL, FLIP)
+        do = load_rows(p_do, i, do_stride_t, real, L, 0.0, K, UNROLL, FLIP)
+        held = (
+            load_rows(dv_ptr + p_grad, i, g_stride_t, real, L, 0.0, K, UNROLL, FLIP)
+            if ADD or (BOTH and not BLOCK)
+            else q
+        )
+        dq = load_rows(dq_ptr + p_grad, i, g_stride_t, real, L, 0.0, K, UNROLL, FLIP) if ADD else q
+        df = load_rows(df_ptr + p_grad, i, g_stride_t, real, L, 0.0, K, UNROLL, FLIP) if ADD else q
+        if BLOCK:
+            # the first loop's tokens once more, from where it passed
+            grad = load_checkpoint(dk_ptr + p_scratch, (L - UNROLL - i) // UNROLL, K, LANES)
+            if BOTH:
+                state2 = load_checkpoint(dq2_ptr + p_scratch, (L - UNROLL - i) // UNROLL, K, LANES)
+            dk = ()
+            dq2 = ()
+            dv = ()
+            for u in tl.static_range(UNROLL - 1, -1, -1):
+                m = (place(i + u, L, FLIP) < real)[:, None]
                 b_v = activated(v[u], m, V_ACT)
                 b_do = do[u].to(tl.float32)
-                sigma, minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB)
+                _sigma, _minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB)
                 lam = tl.where(m, lam, 1.0)
-                state = scaled(state, lam, K)
-                b_dq = dot_values(state, b_do, K)
-                state = add_outer(state, b_k, b_v, K)
-                b_dlog = b_x
-                b_x += b_k * b_dk - b_q * b_dq
-                b_diag = tl.sum(b_v * b_do, axis=1)[:, None]
+                dk = (dot_values(grad, b_v, K),) + dk
+                grad = add_outer(grad, activated(q[u], m, Q_ACT), b_do, K)
+                dv = (dot_keys(grad, b_k, K),) + dv
+                grad = scaled(grad, lam, K)
                 if BOTH:
-                    b_dq2 = dq2[u]
-                    b_dk2 = dot_values(grad2, b_v, K)
-                    b_x2 += b_q * b_dq2 - b_k * b_dk2
-                    b_dlog += b_x2
-                    b_dq += b_dq2
-                    b_dk += b_dk2
-                    b_diag = 2.0 * b_diag
-                    grad2 = add_outer(grad2, b_q, b_do, K)
-                    b_dv = dot_keys(grad2, b_k, K)
-                    grad2 = scaled(grad2, lam, K)
-                    if V_ACT != 0:
-                        b_dv = tl.where(m, b_dv * activate_grad_tile(v[u].to(tl.float32), V_ACT), 0.0)
-                    b_dv += dv[u].to(tl.float32)
-                    tl.store(dv_ptr + p_grad + t * g_stride_t * K, b_dv.to(dv_ptr.dtype.element_ty), mask=m_out)
-                b_dq += b_diag * b_k
-                b_dk += b_diag * b_q
-                if Q_ACT != 0:
-                    b_dq = tl.where(m, b_dq * activate_grad_tile(q[u].to(tl.float32), Q_ACT), 0.0)
-                if HAS_LB:
-                    b_dlog = b_dlog * fast_reciprocal(tl.maximum(lam, 1e-37)) - b_dk
-                    if LB_GRAD:
-                        b_dlb += tl.where(m, b_dlog * minus, 0.0)
-                    b_df = minus * sigma * (1.0 - gamma) * b_dlog
-                else:
-                    b_df = minus * (b_dlog - sigma * b_dk)
-                b_df = tl.where(m, b_df, 0.0)
-                if ADD:
-                    b_dq += dq[u].to(tl.float32)
-                    b_df += df[u].to(tl.float32)
-                tl.store(dq_ptr + p_grad + t * g_stride_t * K, b_dq.to(dq_ptr.dtype.element_ty), mask=m_out)
-                tl.store(df_ptr + p_grad + t * g_stride_t * K, b_df.to(df_ptr.dtype.element_ty), mask=m_out)
-        if LB_GRAD:
-            tl.store(dlb_ptr + (c * H + head)[:, None] * K + o_k, b_dlb, mask=m_lane)
+                    state2 = scaled(state2, lam, K)
+                    dq2 = (dot_values(state2, b_do, K),) + dq2
+                    state2 = add_outer(state2, b_k, b_v, K)
+        else:
+            dk = load_scratch(dk_ptr + p_scratch, i, L, K, LANES, UNROLL, FLIP)
+            dq2 = load_scratch(dq2_ptr + p_scratch, i, L, K, LANES, UNROLL, FLIP) if BOTH else dk
+        for u in tl.static_range(UNROLL):
+            t = place(i + u, L, FLIP)
+            m = (t < real)[:, None]
+            m_out = (t < stored)[:, None]
+            b_dk = dk[u]
+            b_q = activated(q[u], m, Q_ACT)
+            b_v = activated(v[u], m, V_ACT)
+            b_do = do[u].to(tl.float32)
+            sigma, minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB)
+            lam = tl.where(m, lam, 1.0)
+            state = scaled(state, lam, K)
+            b_dq = dot_values(state, b_do, K)
+            state = add_outer(state, b_k, b_v, K)
+            b_dlog = b_x
+            b_x += b_k * b_dk - b_q * b_dq
+            b_diag = tl.sum(b_v * b_do, axis=1)[:, None]
+            if BOTH:
+                b_dq2 = dq2[u]
+                b_dk2 = dot_values(grad2, b_v, K)
+                b_x2 += b_q * b_dq2 - b_k * b_dk2
+                b_dlog += b_x2
+                b_dq += b_dq2
+                b_dk += b_dk2
+                b_diag = 2.0 * b_diag
+                grad2 = add_outer(grad2, b_q, b_do, K)
+                b_dv = dot_keys(grad2, b_k, K)
+                grad2 = scaled(grad2, lam, K)
+            if BOTH or BLOCK:
+                if BLOCK:
+                    b_dv = dv[u] + b_dv if BOTH else dv[u]
+                if V_ACT != 0:
+                    b_dv = tl.where(m, b_dv * activate_grad_tile(v[u].to(tl.float32), V_ACT), 0.0)
+                if ADD or not BLOCK:
+                    b_dv += held[u].to(tl.float32)
+                tl.store(dv_ptr + p_grad + t * g_stride_t * K, b_dv.to(dv_ptr.dtype.element_ty), mask=m_out)
+            b_dq += b_diag * b_k
+            b_dk += b_diag * b_q
+            if Q_ACT != 0:
+                b_dq = tl.where(m, b_dq * activate_grad_tile(q[u].to(tl.float32), Q_ACT), 0.0)
+            if HAS_LB:
+                b_dlog = b_dlog * fast_reciprocal(tl.maximum(lam, 1e-37)) - b_dk
+                if LB_GRAD:
+                    b_dlb += tl.where(m, b_dlog * minus, 0.0)
+                b_df = minus * sigma * (1.0 - gamma) * b_dlog
+            else:
+                b_df = minus * (b_dlog - sigma * b_dk)
+            b_df = tl.where(m, b_df, 0.0)
+            if ADD:
+                b_dq += dq[u].to(tl.float32)
+                b_df += df[u].to(tl.float32)
+            tl.store(dq_ptr + p_grad + t * g_stride_t * K, b_dq.to(dq_ptr.dtype.element_ty), mask=m_out)
+            tl.store(df_ptr + p_grad + t * g_stride_t * K, b_df.to(df_ptr.dtype.element_ty), mask=m_out)
+    if LB_GRAD:
+        tl.store(dlb_ptr + (c * H + head)[:, None] * K + o_k, b_dlb, mask=m_lane)

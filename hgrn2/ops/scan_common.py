@@ -175,11 +175,25 @@ def activated(x, mask, ACT: tl.constexpr):
 
 
 @triton.jit
-def scratch_at(L, K: tl.constexpr, LANES: tl.constexpr):
-    """Offsets of this program's scratch, `[L, LANES, K]` fp32: written and read again while it is in the cache."""
-    width: tl.constexpr = 2 * K if K == 8 else K
-    first = tl.program_id(0).to(tl.int64) * L * LANES + tl.arange(0, LANES)
-    return (first * width)[:, None] + tl.arange(0, K)[None, :]
+def scratch_at(rows, K: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr):
+    """Offsets of this program's scratch, `[rows, LANES, WIDTH]`."""
+    first = tl.program_id(0).to(tl.int64) * rows * LANES + tl.arange(0, LANES)
+    return (first * WIDTH)[:, None] + tl.arange(0, K)[None, :]
+
+
+@triton.jit
+def store_checkpoint(ptr, index, state, K: tl.constexpr, LANES: tl.constexpr):
+    """Keep all lanes' states in scratch `[., LANES, K]`, V rows of it."""
+    for j in tl.static_range(K):
+        tl.store(ptr + (index * K + j) * (LANES * K), state[j])
+
+
+@triton.jit
+def load_checkpoint(ptr, index, K: tl.constexpr, LANES: tl.constexpr):
+    state = ()
+    for j in tl.static_range(K):
+        state = state + (tl.load(ptr + (index * K + j) * (LANES * K)),)
+    return state
 
 
 @triton.jit

@@ -13,11 +13,14 @@ from hgrn2.ops.scan_common import (
     add_outer,
     dot_keys,
     empty_state,
+    load_checkpoint,
     load_rows,
     load_state,
     locate,
     place,
     scaled,
+    scratch_at,
+    store_checkpoint,
     store_state,
     strides_of,
     tile_at,
@@ -164,30 +167,80 @@ def _out_pass(
     return state
 
 
+@triton.jit
+def _out_both(
+    state, state2, p_q, p_f, p_v, p_o, p_scratch, gamma, q_stride_t, f_stride_t, v_stride_t, o_stride_t, stored, real,
+    L, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, FLIP: tl.constexpr, ADD: tl.constexpr,
+    HAS_LB: tl.constexpr, Q_ACT: tl.constexpr, V_ACT: tl.constexpr,
+):  # fmt: skip
+    """Both scans: the opposite one leaves its states at every UNROLL tokens, from which the second loop takes it up."""
+    for i in tl.range(0, L, UNROLL):
+        f = load_rows(p_f, i, f_stride_t, real, L, 100.0, K, UNROLL, not FLIP)
+        v = load_rows(p_v, i, v_stride_t, real, L, 0.0, K, UNROLL, not FLIP)
+        store_checkpoint(p_scratch, i // UNROLL, state2, K, LANES)
+        for u in tl.static_range(UNROLL):
+            m = (place(i + u, L, not FLIP) < real)[:, None]
+            _sigma, _minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB)
+            state2 = add_outer(scaled(state2, tl.where(m, lam, 1.0), K), b_k, activated(v[u], m, V_ACT), K)
+    tl.debug_barrier()
+    for i in tl.range(0, L, UNROLL):
+        q = load_rows(p_q, i, q_stride_t, real, L, 0.0, K, UNROLL, FLIP)
+        f = load_rows(p_f, i, f_stride_t, real, L, 100.0, K, UNROLL, FLIP)
+        v = load_rows(p_v, i, v_stride_t, real, L, 0.0, K, UNROLL, FLIP)
+        before = load_rows(p_o, i, o_stride_t, real, L, 0.0, K, UNROLL, FLIP) if ADD else q
+        state2 = load_checkpoint(p_scratch, (L - UNROLL - i) // UNROLL, K, LANES)
+        opposite = ()
+        for u in tl.static_range(UNROLL - 1, -1, -1):
+            m = (place(i + u, L, FLIP) < real)[:, None]
+            _sigma, _minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB)
+            state2 = add_outer(scaled(state2, tl.where(m, lam, 1.0), K), b_k, activated(v[u], m, V_ACT), K)
+            opposite = (dot_keys(state2, activated(q[u], m, Q_ACT), K),) + opposite
+        for u in tl.static_range(UNROLL):
+            t = place(i + u, L, FLIP)
+            m = (t < real)[:, None]
+            _sigma, _minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB)
+            state = add_outer(scaled(state, tl.where(m, lam, 1.0), K), b_k, activated(v[u], m, V_ACT), K)
+            b_o = dot_keys(state, activated(q[u], m, Q_ACT), K) + opposite[u]
+            if ADD:
+                b_o += before[u].to(tl.float32)
+            tl.store(p_o + t * o_stride_t * K, b_o.to(p_o.dtype.element_ty), mask=(t < stored)[:, None])
+
+
 @triton.jit(do_not_specialize=SIZES + strides_of("q f v o"))
 def scan_out_kernel(
-    q_ptr, f_ptr, v_ptr, lb_ptr, o_ptr, enter_ptr, leave_ptr, table_ptr, len_ptr,
+    q_ptr, f_ptr, v_ptr, lb_ptr, o_ptr, enter_ptr, leave_ptr, scratch_ptr, table_ptr, len_ptr,
     q_stride_b, q_stride_p, q_stride_t, q_stride_h, f_stride_b, f_stride_p, f_stride_t, f_stride_h,
     v_stride_b, v_stride_p, v_stride_t, v_stride_h, o_stride_b, o_stride_p, o_stride_t, o_stride_h,
     N, T, P, NS, NC, L, H,
     K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, FLIP: tl.constexpr, BOTH: tl.constexpr,
     VARLEN: tl.constexpr, HAS_LEN: tl.constexpr, HAS_LB: tl.constexpr, Q_ACT: tl.constexpr, V_ACT: tl.constexpr,
-    ADD: tl.constexpr, HAS_ENTER: tl.constexpr, HAS_LEAVE: tl.constexpr,
+    ADD: tl.constexpr, BLOCK: tl.constexpr, HAS_ENTER: tl.constexpr, HAS_LEAVE: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of each segment from the states that enter it; ADD: on top of what o holds."""
-    for block in tl.range(tl.program_id(0), (N + LANES - 1) // LANES, tl.num_programs(0)):
-        inside, c, row, line, head, t0, stored, real = locate(
-            block, N, table_ptr, len_ptr, T, P, NS, L, H, LANES, VARLEN, HAS_LEN
-        )
-        m_lane = inside[:, None]
-        o_k = tl.arange(0, K)[None, :]
-        gamma = tl.load(lb_ptr + head[:, None] * K + o_k) if HAS_LB else 0.0
-        p_q = q_ptr + tile_at(row, line, head, t0, q_stride_b, q_stride_p, q_stride_t, q_stride_h, K, K)
-        p_f = f_ptr + tile_at(row, line, head, t0, f_stride_b, f_stride_p, f_stride_t, f_stride_h, K, K)
-        p_v = v_ptr + tile_at(row, line, head, t0, v_stride_b, v_stride_p, v_stride_t, v_stride_h, K, K)
-        p_o = o_ptr + tile_at(row, line, head, t0, o_stride_b, o_stride_p, o_stride_t, o_stride_h, K, K)
-        p_state = (c * H + head)[:, None] * K * K + o_k
-        state = load_state(enter_ptr, p_state, m_lane, K) if HAS_ENTER else empty_state(LANES, K)
+    """Outputs of each segment from the states that enter it; ADD: on top of what o holds.
+
+    BLOCK (with BOTH): the opposite scan runs twice, so that outputs are written once.
+    """
+    inside, c, row, line, head, t0, stored, real = locate(
+        tl.program_id(0), N, table_ptr, len_ptr, T, P, NS, L, H, LANES, VARLEN, HAS_LEN
+    )
+    m_lane = inside[:, None]
+    o_k = tl.arange(0, K)[None, :]
+    gamma = tl.load(lb_ptr + head[:, None] * K + o_k) if HAS_LB else 0.0
+    p_q = q_ptr + tile_at(row, line, head, t0, q_stride_b, q_stride_p, q_stride_t, q_stride_h, K, K)
+    p_f = f_ptr + tile_at(row, line, head, t0, f_stride_b, f_stride_p, f_stride_t, f_stride_h, K, K)
+    p_v = v_ptr + tile_at(row, line, head, t0, v_stride_b, v_stride_p, v_stride_t, v_stride_h, K, K)
+    p_o = o_ptr + tile_at(row, line, head, t0, o_stride_b, o_stride_p, o_stride_t, o_stride_h, K, K)
+    p_state = (c * H + head)[:, None] * K * K + o_k
+    state = load_state(enter_ptr, p_state, m_lane, K) if HAS_ENTER else empty_state(LANES, K)
+    p_second = p_state + NC.to(tl.int64) * H * K * K
+    if BLOCK:
+        state2 = load_state(enter_ptr, p_second, m_lane, K) if HAS_ENTER else empty_state(LANES, K)
+        p_scratch = scratch_ptr + scratch_at(L // UNROLL * K, K, K, LANES)
+        _out_both(
+            state, state2, p_q, p_f, p_v, p_o, p_scratch, gamma, q_stride_t, f_stride_t, v_stride_t, o_stride_t,
+            stored, real, L, K, LANES, UNROLL, FLIP, ADD, HAS_LB, Q_ACT, V_ACT,
+        )  # fmt: skip
+    else:
         state = _out_pass(
             state, p_q, p_f, p_v, p_o, gamma, q_stride_t, f_stride_t, v_stride_t, o_stride_t, stored, real, L,
             K, UNROLL, FLIP, ADD, HAS_LB, Q_ACT, V_ACT,
@@ -197,8 +250,7 @@ def scan_out_kernel(
         if BOTH:
             # a token's sum may be written and read by different threads where K values are more than 16 bytes
             tl.debug_barrier()
-            p_state += NC.to(tl.int64) * H * K * K
-            state = load_state(enter_ptr, p_state, m_lane, K) if HAS_ENTER else empty_state(LANES, K)
+            state = load_state(enter_ptr, p_second, m_lane, K) if HAS_ENTER else empty_state(LANES, K)
             _out_pass(
                 state, p_q, p_f, p_v, p_o, gamma, q_stride_t, f_stride_t, v_stride_t, o_stride_t, stored, real, L,
                 K, UNROLL, not FLIP, True, HAS_LB, Q_ACT, V_ACT,

@@ -20,12 +20,13 @@ def variants(dim: int):
         K=dim, LANES=scan._LANES, UNROLL=scan._UNROLL[dim][0], FLIP=False, BOTH=True, VARLEN=False, HAS_LEN=False,
         HAS_LB=True, Q_ACT=1, V_ACT=0, ADD=False, LB_GRAD=True, HAS_ENTER=True, HAS_LEAVE=False, HAS_D_ENTER=True,
         HAS_D_LEAVE=False, HAS_INIT=False, HAS_FINAL=False,
+        BLOCK=dim in scan._BLOCK,
     )  # fmt: skip
     for label, kernel, constants, absent in (
         ("segment", scan_fwd.scan_segment_kernel, dict(GRAD=False, X_ACT=0, Y_ACT=0), ["x_ptr"]),
         ("segment grad", scan_fwd.scan_segment_kernel, dict(GRAD=True, X_ACT=1, Y_ACT=0), []),
         ("carry", scan_fwd.scan_carry_kernel, dict(GRAD=False, LANES=32, UNROLL=8), ["init_ptr", "final_ptr"]),
-        ("out", scan_fwd.scan_out_kernel, {}, ["leave_ptr"]),
+        ("out", scan_fwd.scan_out_kernel, {}, ["leave_ptr"] + ["scratch_ptr"] * (dim not in scan._BLOCK)),
         ("grad", scan_bwd.scan_grad_kernel, dict(UNROLL=scan._UNROLL[dim][1]), ["d_leave_ptr"]),
     ):
         constants = common | constants

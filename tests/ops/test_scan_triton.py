@@ -32,10 +32,9 @@ else:
 
     @pytest.fixture(autouse=True)
     def short_segments(monkeypatch):
-        """Segments of eight tokens, and two blocks of lanes a program."""
+        """Segments of eight tokens."""
         monkeypatch.setattr(scan, "_MIN_SEGMENT", 8)
         monkeypatch.setattr(scan, "_MAX_SEGMENT", dict.fromkeys((1, 2, 4, 8), 8))
-        monkeypatch.setattr(scan, "_RESIDENT", dict.fromkeys((1, 2, 4, 8), (0.5, 0.5)))
         yield
         scan._forward_plans.clear()
         scan._backward_plans.clear()
