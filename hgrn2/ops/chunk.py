@@ -85,6 +85,7 @@ class _Call:
         for name, x in (("q", q), ("f", f), ("v", v)):
             self.strides(name, x)
         self.scratch = Slots()
+        self.masks = {name: tiles.sum_masks(size, q.device) for name, size in (("mask", chunk), ("mask32", 32))}
 
     def strides(self, name: str, x: Tensor) -> None:
         self.values |= {f"{name}_stride_{axis}": x.stride(i) for i, axis in enumerate("bth")}
@@ -136,8 +137,11 @@ class _Call:
         self.add(carry_kernel, self.heads * (self.dim // rows), tiles.Kernel(rows, self.dim, 4), values_of_carry)
         run(2, segments, length, seg="seg")
 
+    def safe_chunks(self, keep: bool) -> None:
+        names = dict(mask="mask32", x="ex" if keep else "qx")
+        self.add(chunk_score_kernel, self.n_chunks * self.heads, self.tiles.score, dict(keep=int(keep)), **names)
+
     def outputs(self, keep: bool) -> None:
-        self.add(chunk_score_kernel, self.n_chunks * self.heads, self.tiles.score)
         tile = self.tiles.out
         programs = self.n_chunks * self.heads * (self.dim // tile.bv)
         self.add(chunk_out_kernel, programs, tile, dict(keep=int(keep)))
@@ -147,11 +151,14 @@ class _Call:
         tile = self.tiles.dv
         self.add(chunk_value_grad_kernel, self.n_chunks * self.heads * (self.dim // tile.bv), tile, values)
         dlb = "dlb" if bound else "none"
-        for kernel, tile in (
-            (chunk_grad_kernel, self.tiles.grad),
-            (chunk_safe_grad_kernel, self.tiles.safe_grad),
-        ):
-            self.add(kernel, self.n_chunks * self.heads * (self.dim // tile.bk), tile, values, dlb=dlb)
+        tile = self.tiles.grad
+        self.add(chunk_grad_kernel, self.n_chunks * self.heads * (self.dim // tile.bk), tile, values, dlb=dlb)
+        tile = self.tiles.safe_grad
+        halves = self.n_chunks * (self.tiles.chunk // 32)
+        self.add(
+            chunk_safe_grad_kernel, halves * self.heads * (self.dim // tile.bk), tile, values,
+            dlb=dlb, mask="mask32", x="ex",
+        )  # fmt: skip
 
 
 def _boundary(like: Tensor, rows: int, other: Tensor | None, packed: bool) -> Tensor:
@@ -211,11 +218,12 @@ def forward(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, reverse, o
             q, f, v, lower_bound, lengths, (initial_state,), n_chunks, documents is not None, reverse, q_act, v_act
         )  # fmt: skip
         call.factors(keep, exact, fast_limit)
+        call.safe_chunks(keep)
         enter, leave = "none" if initial_state is None else "init", "final" if output_final_state else "none"
         call.states("kx", "v", "states", enter, leave, backward=False)
         call.outputs(keep)
         slots = saved_slots(n_chunks, heads, dim, q.dtype, keep, exact)
-        found = call.plan, slots, call.scratch, n_chunks, tiles.sum_masks(call.tiles.chunk, q.device)
+        found = call.plan, slots, call.scratch, n_chunks, call.masks
         _forward_plans[key] = found
     plan, slots, scratch, n_chunks, masks = found
     table = final = None
@@ -226,7 +234,7 @@ def forward(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, reverse, o
     o = v.new_empty(q.shape)
     buffer = q.new_empty(slots.size, dtype=torch.uint8)
     tensors = dict(
-        q=q, f=f, v=v, lb=lower_bound, init=initial_state, final=final, len=lengths, table=table, mask=masks, o=o
+        q=q, f=f, v=v, lb=lower_bound, init=initial_state, final=final, len=lengths, table=table, o=o, **masks
     )  # fmt: skip
     plan.run(tensors, (slots, buffer), *((_scratch(q, scratch),) if scratch.of else ()))
     return o, final, buffer, table
@@ -271,16 +279,15 @@ def backward(do, d_final, q, f, v, lower_bound, lengths, buffer, table, reverse,
         call.states("qf" if exact else "qx", "do", "dstates", enter, leave, backward=True)
         call.gradients(order is not None, lower_bound_grad)
         slots = saved_slots(n_chunks, heads, dim, q.dtype, True, exact)
-        found = call.plan, slots, call.scratch, n_chunks, tiles.sum_masks(chunk, q.device)
+        found = call.plan, slots, call.scratch, n_chunks, call.masks
         _backward_plans[key] = found
     plan, slots, scratch, n_chunks, masks = found
     heads, dim = q.shape[2:]
     d_initial = dlb = None
     if exact:
         d_initial = _boundary(q, initial_rows, d_final, table is not None)
-    if lower_bound_grad:  # chunks that stay unused write nothing
-        make = q.new_empty if table is None else q.new_zeros
-        dlb = make(n_chunks, heads, dim, dtype=torch.float32)
+    if lower_bound_grad:
+        dlb = q.new_zeros(n_chunks, heads, dim, dtype=torch.float32)
     if order is None:
         dq, df, dv = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
     else:
@@ -288,7 +295,7 @@ def backward(do, d_final, q, f, v, lower_bound, lengths, buffer, table, reverse,
         dq, df, dv = (parts[i] for i in order)
     tensors = dict(
         q=q, f=f, v=v, do=do, lb=lower_bound, d_final=d_final, d_initial=d_initial, len=lengths, table=table,
-        mask=masks, dq=dq, df=df, dv=dv, dlb=dlb,
+        dq=dq, df=df, dv=dv, dlb=dlb, **masks,
     )  # fmt: skip
     plan.run(tensors, (slots, buffer), _scratch(q, scratch))
     return dq, df, dv, None if dlb is None else dlb.sum(0), d_initial

@@ -88,12 +88,12 @@ def state_gradients(
     b_cross = tl.zeros([BK], dtype=tl.float32)
     for v0 in tl.range(0, K, BV, num_stages=STAGES):
         o_v = v0 + tl.arange(0, BV)[None, :]
-        b_v = tl.load(p_v + o_v, mask=m_real[:, None], other=0.0)
-        b_do = tl.load(p_do + o_v, mask=m_real[:, None], other=0.0)
+        b_v = tl.load(p_v + o_v, mask=m_real, other=0.0)
+        b_do = tl.load(p_do + o_v, mask=m_real, other=0.0)
         b_s = tl.load(states_ptr + p_s + o_v)
         b_ds = tl.load(dstates_ptr + p_s + o_v)
         if V_ACT != 0:
-            b_v = tl.where(m_real[:, None], activate_tile(b_v.to(tl.float32), V_ACT), 0.0)
+            b_v = tl.where(m_real, activate_tile(b_v.to(tl.float32), V_ACT), 0.0)
         b_cross += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), axis=1)
         b_dq = product(b_do, tl.trans(b_s), b_dq, PRECISION)
         b_dk = product(b_v, tl.trans(b_ds), b_dk, PRECISION)
@@ -101,17 +101,16 @@ def state_gradients(
 
 
 @triton.jit
-def logit_gradient(b_f, gamma, b_dg, b_dk, m_real, dlb_ptr, p_bound, HAS_LB: tl.constexpr, LB_GRAD: tl.constexpr):
-    """df from the gradients of log lam and k; stores the share of d lower_bound if LB_GRAD."""
+def logit_gradient(b_f, gamma, b_dg, b_dk, m_real, HAS_LB: tl.constexpr):
+    """df from the gradients of log lam and k, and the tile's share of d lower_bound."""
     sigma, minus, _k, lam, _g = gate_tile(b_f, gamma, HAS_LB)
     if HAS_LB:
         b_dg = b_dg * fast_reciprocal(tl.maximum(lam, 1e-37)) - b_dk
-        if LB_GRAD:
-            tl.store(dlb_ptr + p_bound, tl.sum(tl.where(m_real[:, None], b_dg * minus, 0.0), axis=0))
         b_df = minus * sigma * (1.0 - gamma) * b_dg
     else:
         b_df = minus * (b_dg - sigma * b_dk)
-    return tl.where(m_real[:, None], b_df, 0.0)
+    b_bound = tl.sum(tl.where(m_real, b_dg * minus, 0.0), axis=0)
+    return tl.where(m_real, b_df, 0.0), b_bound
 
 
 @triton.jit(do_not_specialize=["T", "NT", "H", "sign", "has_len"])
@@ -163,7 +162,7 @@ def chunk_grad_kernel(
     zero = tl.zeros([C, BK], dtype=tl.float32)
 
     b_dq, b_dk, b_cross = state_gradients(
-        p_v, p_do, p_s, states_ptr, dstates_ptr, m_real, C, K, BK, BV, V_ACT, PRECISION, STAGES
+        p_v, p_do, p_s, states_ptr, dstates_ptr, m_real[:, None], C, K, BK, BV, V_ACT, PRECISION, STAGES
     )
     b_dq = product(b_da, b_kt, b_dq, PRECISION)
     b_inner = product(tl.trans(b_da), b_qt, zero, PRECISION)
@@ -180,5 +179,7 @@ def chunk_grad_kernel(
     p_out = (b * T + t64) * g_stride_t + i_h * K + o_t[:, None] * g_stride_t + o_k[None, :]
     tl.store(dq_ptr + p_out, b_dq.to(dq_ptr.dtype.element_ty), mask=m_in[:, None])
     b_dg += b_cross[None, :]
-    b_df = logit_gradient(to_accumulator(b_f, eye), gamma, b_dg, b_dk, m_real, dlb_ptr, p_ch * K + o_k, HAS_LB, LB_GRAD)
+    b_df, b_bound = logit_gradient(to_accumulator(b_f, eye), gamma, b_dg, b_dk, m_real[:, None], HAS_LB)
+    if LB_GRAD:
+        tl.store(dlb_ptr + p_ch * K + o_k, b_bound)
     tl.store(df_ptr + p_out, b_df.to(df_ptr.dtype.element_ty), mask=m_in[:, None])

@@ -7,18 +7,6 @@ from hgrn2.ops.chunk_common import decay, locate, rounded
 from hgrn2.ops.gates import activate_tile, gate_tile
 
 
-@triton.jit
-def _gates(
-    p_f, o_r, f_stride_t, t0, rows, length, sign, m_h, gamma, HAS_LB: tl.constexpr,
-):  # fmt: skip
-    """k and log2 lam of the tokens o_r of a chunk; a padded token has k = 0 and lam = 1, which f = 100 gives."""
-    o_t = o_r * sign
-    m_real = ((o_r < rows) & (t0 + o_t < length))[:, None] & m_h[None, :]
-    b_f = tl.load(p_f + o_t[:, None] * f_stride_t, mask=m_real, other=100.0).to(tl.float32)
-    _sigma, _minus, b_k, _lam, b_g = gate_tile(b_f, gamma, HAS_LB)
-    return b_k, b_g, o_t, m_real
-
-
 @triton.jit(do_not_specialize=["T", "NT", "H", "sign", "has_len", "keep"])
 def chunk_factor_kernel(
     q_ptr, f_ptr, lb_ptr, qx_ptr, kx_ptr, ex_ptr, qf_ptr, total_ptr, safe_ptr, table_ptr, len_ptr,
@@ -30,7 +18,7 @@ def chunk_factor_kernel(
 ):  # fmt: skip
     """One chunk of BH heads, BT tokens at a time: qx, kx, ex = 2^G, total `[NC, H, K]`, safe `[NC, H]` (0 or 1).
 
-    ex is for the backward: left out if keep is 0. EXACT: qx unrounded too, in qf_ptr.
+    ex is for the backward: left out if keep is 0. EXACT: qx unrounded too, in qf_ptr. Safe chunks get their kx later.
     """
     n_h = (H + BH - 1) // BH
     i_b = tl.program_id(0) % n_h
@@ -52,8 +40,12 @@ def chunk_factor_kernel(
     b_total = tl.zeros([BH * K], dtype=tl.float32)
     for r0 in tl.range(0, C, BT, num_stages=STAGES):
         o_r = r0 + o_c
-        b_k, b_g, o_t, m_real = _gates(p_f, o_r, f_stride_t, t0, rows, length, sign, m_h, gamma, HAS_LB)
+        o_t = o_r * sign
+        m_real = ((o_r < rows) & (t0 + o_t < length))[:, None] & m_h[None, :]
+        # a padded token has k = 0 and lam = 1, which f = 100 gives
+        b_f = tl.load(p_f + o_t[:, None] * f_stride_t, mask=m_real, other=100.0).to(tl.float32)
         b_q = tl.load(p_q + o_t[:, None] * q_stride_t, mask=m_real, other=0.0).to(tl.float32)
+        _sigma, _minus, b_k, _lam, b_g = gate_tile(b_f, gamma, HAS_LB)
         b_sum = b_total[None, :] + tl.cumsum(b_g, axis=0)
         b_total += tl.sum(b_g, axis=0)
         b_e = decay(b_sum, PRECISION)
@@ -73,23 +65,3 @@ def chunk_factor_kernel(
     safe = lowest <= -fast_limit
     p_head = i_b * BH + tl.arange(0, BH)
     tl.store(safe_ptr + c.to(tl.int64) * H + p_head, safe.to(tl.int32), mask=p_head < H)
-    if tl.max(safe.to(tl.int32)) > 0:
-        # kx = k 2^R for the safe heads
-        m_safe = (tl.reshape(tl.broadcast_to(safe[:, None], [BH, K]), [BH * K]) & m_h)[None, :]
-        b_done = tl.zeros([BH * K], dtype=tl.float32)
-        for step in range(0, C, BT):
-            if PRECISION == "bf16" or PRECISION == "tf32":
-                # as a difference, R is exact enough for rounded products
-                o_r = step + o_c
-                b_k, b_g, _t, _m = _gates(p_f, o_r, f_stride_t, t0, rows, length, sign, m_h, gamma, HAS_LB)
-                b_sum = b_total[None, :] - (b_done[None, :] + tl.cumsum(b_g, axis=0))
-            else:
-                # sums from the end, of the decay one token later
-                o_r = C - BT - step + o_c
-                b_k, _g, _t, _m = _gates(p_f, o_r, f_stride_t, t0, rows, length, sign, m_h, gamma, HAS_LB)
-                _k, b_g, _t, _m = _gates(p_f, o_r + 1, f_stride_t, t0, rows, length, sign, m_h, gamma, HAS_LB)
-                b_sum = b_done[None, :] + tl.cumsum(b_g, axis=0, reverse=True)
-            b_done += tl.sum(b_g, axis=0)
-            b_k = b_k * decay(tl.minimum(b_sum, 0.0), PRECISION)
-            b_k = rounded(b_k, PRECISION)
-            tl.store(kx_ptr + p_x + o_r[:, None] * K, b_k.to(kx_ptr.dtype.element_ty), mask=m_safe)

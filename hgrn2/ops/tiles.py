@@ -41,7 +41,7 @@ class Tiles:
 
 def _tiles(chunk: int, dim: int, state: tuple, out: tuple, dv: tuple, grad: tuple, safe: tuple) -> Tiles:
     factor = Kernel(max(128, dim), 4, max(128, dim) // 128, 2)
-    score = Kernel(grad[0], grad[0], grad[2])
+    score = Kernel(safe[0], safe[0], safe[2])
     return Tiles(
         chunk, factor, Kernel(*state), score, Kernel(*out), Kernel(*dv), Kernel(*grad), Kernel(*safe)
     )  # fmt: skip
@@ -50,8 +50,8 @@ def _tiles(chunk: int, dim: int, state: tuple, out: tuple, dv: tuple, grad: tupl
 # bf16 inputs: bf16 products. Hopper's own products (64 rows) raced on the device in tiles narrower than 64 columns
 # (Triton 3.6): small head dims take chunks of 32, which run the older ones.
 _BF16 = {
-    16: _tiles(32, 16, (16, 16, 1, 2), (16, 16, 1), (16, 16, 1), (16, 16, 1), (16, 16, 1)),
-    32: _tiles(32, 32, (32, 32, 1, 2), (32, 32, 1), (32, 32, 1), (32, 32, 1), (32, 32, 1)),
+    16: _tiles(32, 16, (16, 16, 1, 2), (16, 16, 1), (16, 16, 1), (16, 16, 1), (16, 16, 2)),
+    32: _tiles(32, 32, (32, 32, 1, 2), (32, 32, 1), (32, 32, 1), (32, 32, 1), (32, 32, 2)),
     64: _tiles(64, 64, (64, 64, 4, 2), (64, 64, 4), (64, 64, 4), (64, 64, 4), (64, 64, 4)),
     128: _tiles(64, 128, (64, 128, 4, 3), (64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
     256: _tiles(64, 256, (64, 128, 4, 3), (64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
@@ -82,11 +82,11 @@ def arithmetic(dtype: torch.dtype) -> tuple[str, int, int]:
 
 @functools.cache
 def sum_masks(chunk: int, device: torch.device) -> torch.Tensor:
-    """`[7 + 3 log2 C, C, C]` masks for sums over a chunk's tokens, rows by rows summed; 0 and 1 but for one.
+    """`[7 + 2 log2 C, C, C]` masks for sums over a chunk's tokens, rows by rows summed; 0 and 1 but for one.
 
     0: the token itself; 1: it and later ones; 2: earlier ones; then per halving level (smallest first) the tokens on
-    the way to the boundary (see `chunk_common`), and their transposes; within blocks of 16, it and later ones; and
-    half the sum up to the token less half the sum after it. Then 2 + log2 C copies of the first.
+    the way to the boundary (see `chunk_common`), and their transposes; within blocks of 16, it and later ones; half
+    the sum up to the token less half the sum after it; last the tokens up to it, and those after it.
     """
     i, j = torch.arange(chunk)[:, None], torch.arange(chunk)[None, :]
     masks = [i == j, j >= i, j < i]
@@ -96,7 +96,7 @@ def sum_masks(chunk: int, device: torch.device) -> torch.Tensor:
         levels.append((half == j >> shift) & torch.where(half % 2 == 1, j <= i, j > i))
     masks += levels + [x.T for x in levels]
     block = i // 16 == j // 16
-    masks += [block & (j >= i), block * torch.where(j <= i, 0.5, -0.5)] + [i == j] * (2 + len(levels))
+    masks += [block & (j >= i), block * torch.where(j <= i, 0.5, -0.5), j <= i, j > i]
     dtype = torch.float32 if INTERPRET else torch.bfloat16
     return torch.stack([x.to(dtype) for x in masks]).to(device)
 

@@ -3,6 +3,7 @@
 The interpreter has to be chosen before Triton is imported, so these tests run in a process of their own.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -97,17 +98,20 @@ else:
     def test_decays(mean, fast_limit):
         check(draw(time=50, mean=mean), fast_limit=fast_limit)
 
+    @pytest.mark.parametrize("size", [32, 64])
     @pytest.mark.parametrize(("mean", "spread"), [(0.0, 1.0), (-4.0, 2.0), (-8.0, 1.0), (-20.0, 20.0)])
-    def test_blocks_of_16(mean, spread, monkeypatch):
-        """What 16-bit inputs do in safe chunks, in fp32: as exact as their own rounding at the least."""
+    def test_safe_chunks_of_16_bit_inputs(mean, spread, size, monkeypatch):
+        """Blocks of 16 and chunks of two halves, in fp32: more exact than 16-bit rounding."""
         monkeypatch.setattr(tiles, "arithmetic", lambda _: ("ieee", 0, 4))
+        monkeypatch.setitem(tiles._FP32, 16, dataclasses.replace(tiles._FP32[16], chunk=size))
         monkeypatch.setattr(chunk, "_forward_plans", {})
         monkeypatch.setattr(chunk, "_backward_plans", {})
-        inputs = draw(time=70)
+        inputs = draw(time=140)
         inputs[1] = inputs[1] * spread + mean
         d_out, d_final = torch.randn(inputs[2].shape), torch.randn_like(inputs[4])
-        truth = run(recurrent_scan, inputs, d_out, d_final, torch.float64)
-        got = run(triton_scan, inputs, d_out, d_final, torch.float32, fast_limit=-1.0)
+        options = dict(reverse=True, lengths=torch.tensor([131]), q_act="silu", v_act="silu")
+        truth = run(recurrent_scan, inputs, d_out, d_final, torch.float64, **options)
+        got = run(triton_scan, inputs, d_out, d_final, torch.float32, fast_limit=-1.0, **options)
         for name, want in truth.items():
             assert (got[name] - want).norm() <= 2e-4 * want.norm(), name
 
