@@ -10,11 +10,14 @@ from hgrn2.ops.chunk_bwd import chunk_grad_kernel, chunk_value_grad_kernel
 from hgrn2.ops.chunk_common import FAST_LIMIT, FAST_LIMIT_FP32
 from hgrn2.ops.chunk_factors import chunk_factor_kernel
 from hgrn2.ops.chunk_fwd import carry_kernel, chunk_out_kernel, chunk_state_kernel
-from hgrn2.ops.chunk_safe import chunk_safe_grad_kernel, chunk_score_kernel
+from hgrn2.ops.chunk_safe import chunk_score_kernel
+from hgrn2.ops.chunk_safe_bwd import chunk_safe_grad_kernel
 from hgrn2.ops.launch import Plan, Plans, Slots, kinds
 
 # sequences of fewer chunks are not worth splitting
 _MIN_SPLIT = 16
+# programs a multiprocessor that safe chunks are spread over at least, if there are as many
+_SAFE_PROGRAMS = 8
 
 _forward_plans, _backward_plans = Plans(), Plans()
 
@@ -100,10 +103,8 @@ class _Call:
         tile = self.tiles.factor
         band = max(1, tile.bk // self.dim)
         values = dict(BH=band, BT=tile.bv, EXACT=exact, keep=int(keep), fast_limit=float(fast_limit))
-        self.add(
-            chunk_factor_kernel, self.n_chunks * _cdiv(self.heads, band), tile, values,
-            qf="qf" if exact else "none", ex="ex" if keep else "qx",
-        )  # fmt: skip
+        names = dict(qf="qf" if exact else "none", ex="ex" if keep else "qx")
+        self.add(chunk_factor_kernel, self.n_chunks * _cdiv(self.heads, band), tile, values, **names)
 
     def states(self, x: str, y: str, states: str, enter: str, leave: str, backward: bool) -> None:
         """Chunk states, from `enter` to `leave` ("none": zero, not wanted); splits few long sequences."""
@@ -118,9 +119,7 @@ class _Call:
 
         def run(mode: int, segments: int, length: int, **more: str) -> None:
             more = {"seg": "none", "decay": "none"} | more
-            self.add(
-                chunk_state_kernel, segments * blocks, tile, values | dict(MODE=mode, L=length), **names, **more
-            )  # fmt: skip
+            self.add(chunk_state_kernel, segments * blocks, tile, values | dict(MODE=mode, L=length), **names, **more)
 
         if not self.varlen and (2 * self.batch * blocks >= multiprocessors or self.n_t < _MIN_SPLIT):
             run(0, self.batch, self.n_t)
@@ -133,13 +132,19 @@ class _Call:
             run(1, segments, length, seg="seg", decay="decay")
         rows = min(self.dim, max(1, 512 // self.dim))
         # a single segment starts from the zeros that this writes
-        values_of_carry = dict(N_SEG=segments, BACKWARD=backward)
-        self.add(carry_kernel, self.heads * (self.dim // rows), tiles.Kernel(rows, self.dim, 4), values_of_carry)
+        carry = dict(N_SEG=segments, BACKWARD=backward)
+        self.add(carry_kernel, self.heads * (self.dim // rows), tiles.Kernel(rows, self.dim, 4), carry)
         run(2, segments, length, seg="seg")
 
     def safe_chunks(self, keep: bool) -> None:
         names = dict(mask="mask32", x="ex" if keep else "qx")
-        self.add(chunk_score_kernel, self.n_chunks * self.heads, self.tiles.score, dict(keep=int(keep)), **names)
+        self.add_safe(chunk_score_kernel, 1, self.tiles.score, dict(keep=int(keep)), **names)
+
+    def add_safe(self, kernel, programs: int, tile: tiles.Kernel, values: dict, **names: str) -> None:
+        """Add a kernel that takes `programs` programs for each safe chunk and head; groups of them share programs."""
+        each = self.n_chunks * self.heads
+        group = max(1, min(16, each * programs // (_SAFE_PROGRAMS * _multiprocessors(self.device))))
+        self.add(kernel, _cdiv(each, group) * programs, tile, values | dict(GROUP=group), **names)
 
     def outputs(self, keep: bool) -> None:
         tile = self.tiles.out
@@ -154,11 +159,9 @@ class _Call:
         tile = self.tiles.grad
         self.add(chunk_grad_kernel, self.n_chunks * self.heads * (self.dim // tile.bk), tile, values, dlb=dlb)
         tile = self.tiles.safe_grad
-        halves = self.n_chunks * (self.tiles.chunk // 32)
-        self.add(
-            chunk_safe_grad_kernel, halves * self.heads * (self.dim // tile.bk), tile, values,
-            dlb=dlb, mask="mask32", x="ex",
-        )  # fmt: skip
+        halves = self.tiles.chunk // 32
+        names = dict(dlb=dlb, mask="mask32", x="ex")
+        self.add_safe(chunk_safe_grad_kernel, halves * (self.dim // tile.bk), tile, values, **names)
 
 
 def _boundary(like: Tensor, rows: int, other: Tensor | None, packed: bool) -> Tensor:
@@ -176,15 +179,12 @@ def _scratch(like: Tensor, slots: Slots) -> tuple[Slots, Tensor]:
 
 def _signature(q: Tensor, *tensors: Tensor | None) -> tuple:
     """What a plan depends on in its tensors; where all are aligned, as nearly always, quickly."""
-    bits = 0
+    bits = q.data_ptr()
     for x in tensors:
         if x is not None:
             bits |= x.data_ptr()
-    if (bits | q.data_ptr()) % 16:
-        bits = tuple(x is not None and x.data_ptr() % 16 == 0 for x in (q, *tensors))
-    else:
-        bits = 0
-    return q.dtype, q.get_device(), q.shape, bits, q.stride(), *(None if x is None else x.stride() for x in tensors)
+    aligned = bits % 16 == 0 or tuple(x is not None and x.data_ptr() % 16 == 0 for x in (q, *tensors))
+    return q.dtype, q.get_device(), q.shape, aligned, q.stride(), *(x if x is None else x.stride() for x in tensors)
 
 
 def _on_its_device(run):

@@ -26,7 +26,7 @@ Reverse scans run the same kernels with the token order flipped at loads and sto
 import triton
 import triton.language as tl
 
-from hgrn2.ops.gates import fast_exp2, round_tf32
+from hgrn2.ops.gates import _INTERPRET, fast_exp2, round_tf32
 
 # the factors then stay inside the range of fp32 and bf16, with room for q; fp32 inputs keep more digits of the exponent
 FAST_LIMIT = 110.0
@@ -149,6 +149,19 @@ def to_accumulator(x, eye):
         y = x
     else:
         y = tl.dot(eye.to(x.dtype), x)
+    return y
+
+
+@triton.jit
+def settle(x):
+    """x, in an instruction that the compiler may not repeat.
+
+    Where a product reads a tile in another layout, it would else compute all that led to the tile once more.
+    """
+    if _INTERPRET:
+        y = x
+    else:
+        y = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], tl.float32, is_pure=False, pack=1)
     return y
 
 

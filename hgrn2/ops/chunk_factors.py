@@ -48,7 +48,7 @@ def chunk_factor_kernel(
         _sigma, _minus, b_k, _lam, b_g = gate_tile(b_f, gamma, HAS_LB)
         b_sum = b_total[None, :] + tl.cumsum(b_g, axis=0)
         b_total += tl.sum(b_g, axis=0)
-        b_e = decay(b_sum, PRECISION)
+        b_e = decay(b_sum, "tf32x3" if EXACT else PRECISION)
         if Q_ACT != 0:
             b_q = tl.where(m_real, activate_tile(b_q, Q_ACT), 0.0)
         b_q = b_q * b_e

@@ -11,8 +11,8 @@ The gradient dS of the state goes the same way backwards in time, dS_0 = 2^total
 import triton
 import triton.language as tl
 
-from hgrn2.ops.chunk_common import exact_product, locate, product, row_masks
-from hgrn2.ops.gates import activate_tile, fast_exp2
+from hgrn2.ops.chunk_common import decay, exact_product, locate, product, row_masks
+from hgrn2.ops.gates import activate_tile
 
 
 @triton.jit(do_not_specialize=["T", "NT", "NC", "H", "L", "sign", "has_len"])
@@ -62,7 +62,7 @@ def chunk_state_kernel(
         b_y = tl.load(p_y + o_t[:, None] * y_stride_t + o_v[None, :], mask=m_real[:, None], other=0.0)
         b_total = tl.load(total_ptr + p_ch * K + o_k)
         safe = tl.load(safe_ptr + p_ch) != 0
-        b_whole = fast_exp2(b_total)[:, None]
+        b_whole = decay(b_total, "tf32x3" if EXACT else PRECISION)[:, None]
         b_scale = tl.where(safe, 1.0, b_whole)
         if MODE != 0:  # noqa: SIM102 (constants and data kept apart)
             if last if BACKWARD else first:
@@ -93,7 +93,7 @@ def chunk_state_kernel(
     if MODE == 1:
         tl.store(seg_ptr + p_seg, b_s)
         if i_v == 0:
-            tl.store(decay_ptr + (i_s * H + i_h) * K + o_k, fast_exp2(b_decay) * carried)
+            tl.store(decay_ptr + (i_s * H + i_h) * K + o_k, decay(b_decay, PRECISION) * carried)
 
 
 @triton.jit(do_not_specialize=["H", "N_SEG"])

@@ -1,15 +1,14 @@
-"""The safe chunks of the scan in Triton (see `chunk_common`): their factors and scores, their gradients of q and f.
+"""The safe chunks of the scan in Triton (see `chunk_common`): their factors and scores.
 
-Both kernels work on halves of M = 32 tokens (all of a chunk of 32): tiles of 64 do not fit the registers. Levels and
-blocks within a half concern its tokens alone. At the top level, where the halves of a chunk of 64 meet, each token has
-one factor `x`, `k 2^(sum after it)` in the first half and `q 2^(sum up to it)` in the second; it is kept for the
-backward in place of ex, which safe chunks have no use for.
+This kernel and the one of `chunk_safe_bwd` work on halves of M = 32 tokens (all of a chunk of 32): tiles of 64 do not
+fit the registers. Levels and blocks within a half concern its tokens alone. At the top level, where the halves of a
+chunk of 64 meet, each token has one factor `x`, `k 2^(sum after it)` in the first half and `q 2^(sum up to it)` in the
+second; it is kept for the backward in place of ex, which safe chunks have no use for.
 """
 
 import triton
 import triton.language as tl
 
-from hgrn2.ops.chunk_bwd import logit_gradient, state_gradients
 from hgrn2.ops.chunk_common import (
     BLOCK_LIMIT,
     decay,
@@ -20,12 +19,14 @@ from hgrn2.ops.chunk_common import (
     meeting_pairs,
     product,
     rounded,
+    settle,
     to_accumulator,
 )
-from hgrn2.ops.gates import activate_grad_tile, activate_tile, gate_tile
+from hgrn2.ops.gates import activate_tile, gate_tile
 
 # indices of `tiles.sum_masks` for 32 tokens
-_LATER, _EARLIER, _UP_TO, _AFTER, _LEVEL, _BLOCK, _CENTRED = (tl.constexpr(i) for i in (1, 2, 15, 16, 3, 13, 14))
+MASK_LATER, MASK_EARLIER, MASK_LEVEL = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+MASK_BLOCK, MASK_CENTRED, MASK_UP_TO, MASK_AFTER = (tl.constexpr(i) for i in (13, 14, 15, 16))
 
 
 @triton.jit
@@ -41,19 +42,20 @@ def _inner_scores(
     if SUB == 0:
         b_a = tl.where(i == j, tl.sum(b_q * b_k, axis=1)[:, None], 0.0)
     else:
-        b_e = masked_sum(load_mask(mask_ptr, _CENTRED, M), tl.maximum(b_g, -BLOCK_LIMIT), zero, SPLIT)
-        b_a = product(b_q * decay(b_e, PRECISION), tl.trans(b_k * decay(-b_e, PRECISION)), none, PRECISION)
+        b_e = masked_sum(load_mask(mask_ptr, MASK_CENTRED, M), tl.maximum(b_g, -BLOCK_LIMIT), zero, SPLIT)
+        b_x = settle(b_q * decay(b_e, PRECISION))
+        b_a = product(b_x, tl.trans(settle(b_k * decay(-b_e, PRECISION))), none, PRECISION)
         b_a = tl.where(((i >> SUB) == (j >> SUB)) & (i >= j), b_a, 0.0)
-    for shift in tl.static_range(SUB, 5):
-        b_e = decay(masked_sum(load_mask(mask_ptr, _LEVEL + shift, M), b_g, zero, SPLIT), PRECISION)
-        b_x = tl.where(((i >> shift) & 1) == 1, b_q, b_k) * b_e
+    for shift in tl.range(SUB, 5, num_stages=1):
+        b_e = decay(masked_sum(load_mask(mask_ptr, MASK_LEVEL + shift, M), b_g, zero, SPLIT), PRECISION)
+        b_x = settle(tl.where(((i >> shift) & 1) == 1, b_q, b_k) * b_e)
         b_level = product(b_x, tl.trans(b_x), none, PRECISION)
         b_a += tl.where(meeting_pairs(shift, M) & (i > j), b_level, 0.0)
     return b_a
 
 
 @triton.jit
-def _half(
+def gated_half(
     p_q, p_f, q_stride_t, f_stride_t, o_r, t0, rows, length, sign, gamma, eye, HAS_LB: tl.constexpr,
     Q_ACT: tl.constexpr,
 ):  # fmt: skip
@@ -68,23 +70,49 @@ def _half(
     return b_q, b_k, b_g
 
 
-@triton.jit(do_not_specialize=["T", "NT", "H", "sign", "has_len", "keep"])
+@triton.jit
+def any_safe(safe_ptr, first, until):
+    """Whether any of the flags from first to until, 16 at most, is set: most programs find none and leave."""
+    o_n = first + tl.arange(0, 16)
+    return tl.max(tl.load(safe_ptr + o_n, mask=o_n < until, other=0)) > 0
+
+
+@triton.jit(do_not_specialize=["T", "NT", "NC", "H", "GROUP", "sign", "has_len", "keep"])
 def chunk_score_kernel(
     q_ptr, f_ptr, lb_ptr, mask_ptr, safe_ptr, kx_ptr, x_ptr, a_ptr, table_ptr, len_ptr,
     q_stride_b, q_stride_t, q_stride_h, f_stride_b, f_stride_t, f_stride_h,
-    T, NT, H, sign, has_len, keep,
+    T, NT, NC, H, GROUP, sign, has_len, keep,
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, VARLEN: tl.constexpr,
     HAS_LB: tl.constexpr, Q_ACT: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """kx = k 2^R, x (not if keep is 0) and the scores `[NC, H, C, C]`, 0 above the diagonal, of the safe chunks."""
+    """kx = k 2^R, x (not if keep is 0) and the scores `[NC, H, C, C]`, 0 above the diagonal, of the safe ones among
+    GROUP chunks and heads."""
+    first = tl.program_id(0) * GROUP
+    until = tl.minimum(first + GROUP, NC * H)
+    if not any_safe(safe_ptr, first, until):
+        return
+    for pid in tl.range(first, until, num_stages=1):
+        if tl.load(safe_ptr + pid) != 0:
+            _scores(
+                q_ptr, f_ptr, lb_ptr, mask_ptr, kx_ptr, x_ptr, a_ptr, table_ptr, len_ptr, q_stride_b, q_stride_t,
+                q_stride_h, f_stride_b, f_stride_t, f_stride_h, T, NT, H, sign, has_len, keep, pid, K, BK, C, SUB,
+                VARLEN, HAS_LB, Q_ACT, PRECISION, SPLIT,
+            )  # fmt: skip
+
+
+@triton.jit
+def _scores(
+    q_ptr, f_ptr, lb_ptr, mask_ptr, kx_ptr, x_ptr, a_ptr, table_ptr, len_ptr,
+    q_stride_b, q_stride_t, q_stride_h, f_stride_b, f_stride_t, f_stride_h,
+    T, NT, H, sign, has_len, keep, pid,
+    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, VARLEN: tl.constexpr,
+    HAS_LB: tl.constexpr, Q_ACT: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
     M: tl.constexpr = 32
-    pid = tl.program_id(0)
     i_h = (pid % H).to(tl.int64)
     c = pid // H
     p_ch = c.to(tl.int64) * H + i_h
     _n, b, t0, rows, _first, _last, length = locate(c, table_ptr, len_ptr, T, NT, sign, has_len, C, VARLEN)
-    if (rows <= 0) | (tl.load(safe_ptr + p_ch) == 0):
-        return
     t64 = t0.to(tl.int64)
     o_m = tl.arange(0, M)
     i = o_m[:, None]
@@ -94,7 +122,7 @@ def chunk_score_kernel(
     b_first = tl.zeros([M, M], dtype=tl.float32)
     b_second = tl.zeros([M, M], dtype=tl.float32)
     b_across = tl.zeros([M, M], dtype=tl.float32)
-    for k0 in range(0, K, BK):
+    for k0 in tl.range(0, K, BK, num_stages=1):
         o_k = k0 + tl.arange(0, BK)
         gamma = tl.load(lb_ptr + i_h * K + o_k)[None, :] if HAS_LB else 0.0
         p_q = q_ptr + b * q_stride_b + t64 * q_stride_t + i_h * q_stride_h + o_k[None, :]
@@ -102,24 +130,26 @@ def chunk_score_kernel(
         p_x = p_ch * C * K + i * K + o_k[None, :]
         b_rest = tl.zeros([BK], dtype=tl.float32)
         if C > M:
-            b_q, b_k, b_g = _half(
+            b_q, b_k, b_g = gated_half(
                 p_q, p_f, q_stride_t, f_stride_t, M + o_m, t0, rows, length, sign, gamma, eye, HAS_LB, Q_ACT
             )
             b_second += _inner_scores(b_q, b_k, b_g, mask_ptr, M, BK, SUB, PRECISION, SPLIT)
-            b_e = masked_sum(load_mask(mask_ptr, _AFTER, M), b_g, zero, SPLIT)
-            b_x = rounded(b_k * decay(b_e, PRECISION), PRECISION)
+            b_e = masked_sum(load_mask(mask_ptr, MASK_AFTER, M), b_g, zero, SPLIT)
+            b_x = rounded(settle(b_k * decay(b_e, PRECISION)), PRECISION)
             tl.store(kx_ptr + p_x + M * K, b_x.to(kx_ptr.dtype.element_ty))
-            b_e = masked_sum(load_mask(mask_ptr, _UP_TO, M), b_g, zero, SPLIT)
-            b_later = rounded(b_q * decay(b_e, PRECISION), PRECISION)
+            b_e = masked_sum(load_mask(mask_ptr, MASK_UP_TO, M), b_g, zero, SPLIT)
+            b_later = rounded(settle(b_q * decay(b_e, PRECISION)), PRECISION)
             tl.store(x_ptr + p_x + M * K, b_later.to(x_ptr.dtype.element_ty), mask=(o_k < keep * K)[None, :])
             b_rest = tl.sum(b_g, axis=0)
-        b_q, b_k, b_g = _half(p_q, p_f, q_stride_t, f_stride_t, o_m, t0, rows, length, sign, gamma, eye, HAS_LB, Q_ACT)
+        b_q, b_k, b_g = gated_half(
+            p_q, p_f, q_stride_t, f_stride_t, o_m, t0, rows, length, sign, gamma, eye, HAS_LB, Q_ACT
+        )
         b_first += _inner_scores(b_q, b_k, b_g, mask_ptr, M, BK, SUB, PRECISION, SPLIT)
-        b_e = masked_sum(load_mask(mask_ptr, _AFTER, M), b_g, zero, SPLIT)
-        b_x = rounded(b_k * decay(b_e + b_rest[None, :], PRECISION), PRECISION)
+        b_e = masked_sum(load_mask(mask_ptr, MASK_AFTER, M), b_g, zero, SPLIT)
+        b_x = rounded(settle(b_k * decay(b_e + b_rest[None, :], PRECISION)), PRECISION)
         tl.store(kx_ptr + p_x, b_x.to(kx_ptr.dtype.element_ty))
         if C > M:
-            b_x = rounded(b_k * decay(b_e, PRECISION), PRECISION)
+            b_x = rounded(settle(b_k * decay(b_e, PRECISION)), PRECISION)
             tl.store(x_ptr + p_x, b_x.to(x_ptr.dtype.element_ty), mask=(o_k < keep * K)[None, :])
             b_across = product(b_later, tl.trans(b_x), b_across, PRECISION)
     p_a = a_ptr + p_ch * C * C + i * C + j
@@ -128,146 +158,3 @@ def chunk_score_kernel(
         tl.store(p_a + M, tl.zeros([M, M], dtype=a_ptr.dtype.element_ty))
         tl.store(p_a + M * C, b_across.to(a_ptr.dtype.element_ty))
         tl.store(p_a + M * C + M, b_second.to(a_ptr.dtype.element_ty))
-
-
-@triton.jit
-def _share_of_other_half(
-    p_y, p_s, p_x, m_real, M: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ACT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What the other half's tokens pass to the gradient of log lam through a state: sum_i x_i (y S^T)_i `[BK]`."""
-    b_acc = tl.zeros([M, BK], dtype=tl.float32)
-    for v0 in range(0, K, BV):
-        o_v = v0 + tl.arange(0, BV)[None, :]
-        b_y = tl.load(p_y + o_v, mask=m_real, other=0.0)
-        if ACT != 0:
-            b_y = tl.where(m_real, activate_tile(b_y.to(tl.float32), ACT), 0.0)
-        b_acc = product(b_y, tl.trans(tl.load(p_s + o_v)), b_acc, PRECISION)
-    return tl.sum(tl.load(p_x).to(tl.float32) * b_acc, axis=0)
-
-
-@triton.jit(do_not_specialize=["T", "NT", "H", "sign", "has_len"])
-def chunk_safe_grad_kernel(
-    qx_ptr, kx_ptr, x_ptr, q_ptr, f_ptr, v_ptr, do_ptr, lb_ptr, mask_ptr, total_ptr, safe_ptr, states_ptr, dstates_ptr,
-    da_ptr, diag_ptr, dq_ptr, df_ptr, dlb_ptr, table_ptr, len_ptr,
-    q_stride_b, q_stride_t, q_stride_h, f_stride_b, f_stride_t, f_stride_h, v_stride_b, v_stride_t, v_stride_h,
-    do_stride_b, do_stride_t, do_stride_h, g_stride_t,
-    T, NT, H, sign, has_len,
-    K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, VARLEN: tl.constexpr,
-    HAS_LB: tl.constexpr, LB_GRAD: tl.constexpr, Q_ACT: tl.constexpr, V_ACT: tl.constexpr, PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """`chunk_grad_kernel` for half a safe chunk; dlb_ptr has to hold zeros."""
-    SUM_SPLIT: tl.constexpr = 1 if PRECISION == "bf16" else SPLIT
-    M: tl.constexpr = 32
-    pid = tl.program_id(0)
-    i_k = pid % (K // BK)
-    half = (pid // (K // BK)) % (C // M)
-    i_h = ((pid // (K // BK * (C // M))) % H).to(tl.int64)
-    c = pid // ((K // BK) * (C // M) * H)
-    p_ch = c.to(tl.int64) * H + i_h
-    _n, b, t0, rows, _first, _last, length = locate(c, table_ptr, len_ptr, T, NT, sign, has_len, C, VARLEN)
-    if (rows <= half * M) | (tl.load(safe_ptr + p_ch) == 0):
-        return
-    t64 = t0.to(tl.int64)
-    o_m = tl.arange(0, M)
-    i = o_m[:, None]
-    j = o_m[None, :]
-    o_r = half * M + o_m
-    o_t = o_r * sign
-    m_in = (o_r < rows)[:, None]
-    m_real = m_in & (t0 + o_t < length)[:, None]
-    o_k = i_k * BK + tl.arange(0, BK)
-    p_v = v_ptr + b * v_stride_b + t64 * v_stride_t + i_h * v_stride_h
-    p_do = do_ptr + b * do_stride_b + t64 * do_stride_t + i_h * do_stride_h
-    p_s = p_ch * K * K + o_k[:, None] * K
-    p_f = f_ptr + b * f_stride_b + t64 * f_stride_t + i_h * f_stride_h + o_k[None, :]
-    p_q = q_ptr + b * q_stride_b + t64 * q_stride_t + i_h * q_stride_h + o_k[None, :]
-    p_da = da_ptr + p_ch * C * C
-    gamma = tl.load(lb_ptr + i_h * K + o_k)[None, :] if HAS_LB else 0.0
-    b_da = tl.load(p_da + half * (M * C + M) + i * C + j)
-    b_diag = tl.load(diag_ptr + p_ch * C + o_r)[:, None]
-    eye = load_mask(mask_ptr, 0, M)
-    zero = tl.zeros([M, BK], dtype=tl.float32)
-    b_q, b_k, b_g = _half(p_q, p_f, q_stride_t, f_stride_t, o_r, t0, rows, length, sign, gamma, eye, HAS_LB, Q_ACT)
-
-    b_dq = b_diag * b_k
-    b_dk = b_diag * b_q
-    b_dg = zero
-    if SUB > 0:
-        b_cut = tl.maximum(b_g, -BLOCK_LIMIT)
-        b_e = masked_sum(load_mask(mask_ptr, _CENTRED, M), b_cut, zero, SPLIT)
-        b_back = decay(-b_e, PRECISION)
-        b_e = decay(b_e, PRECISION)
-        b_pair = tl.where((i >> SUB) == (j >> SUB), b_da, 0.0)
-        b_qx = rounded(b_q * b_e, PRECISION)
-        b_kx = rounded(b_k * b_back, PRECISION)
-        b_dqx = product(b_pair, b_kx, zero, PRECISION)
-        b_dkx = product(tl.trans(b_pair), b_qx, zero, PRECISION)
-        b_dq += b_dqx * b_e
-        b_dk += b_dkx * b_back
-        b_block = b_qx.to(tl.float32) * b_dqx - b_kx.to(tl.float32) * b_dkx
-        # every pair that crosses a token has its decay as a factor
-        b_dg = masked_sum(load_mask(mask_ptr, _BLOCK, M), b_block, zero, SPLIT) * decay(b_g - b_cut, PRECISION)
-    b_pairs = b_da + tl.trans(b_da)
-    for shift in tl.static_range(SUB, 5):
-        # one factor a token: q in second halves, k in first ones
-        second = ((o_m >> shift) & 1)[:, None] == 1
-        b_e = decay(masked_sum(load_mask(mask_ptr, _LEVEL + shift, M), b_g, zero, SPLIT), PRECISION)
-        b_x = tl.where(second, b_q, b_k) * b_e
-        b_dx = product(tl.where(meeting_pairs(shift, M), b_pairs, 0.0), b_x, zero, PRECISION)
-        b_dg = masked_sum(load_mask(mask_ptr, _LEVEL + 5 + shift, M), b_x * b_dx, b_dg, SUM_SPLIT)
-        b_dx *= b_e
-        b_dq += tl.where(second, b_dx, 0.0)
-        b_dk += tl.where(second, 0.0, b_dx)
-    b_up_to = masked_sum(load_mask(mask_ptr, _UP_TO, M), b_g, zero, SPLIT)
-    b_after = masked_sum(load_mask(mask_ptr, _AFTER, M), b_g, zero, SPLIT)
-    b_total = tl.load(total_ptr + p_ch * K + o_k)
-    if C > M:
-        o_other = (1 - half) * M + o_m
-        p_other = p_ch * C * K + o_other[:, None] * K + o_k[None, :]
-        t_other = (o_other * sign)[:, None]
-        m_other = (o_other < rows)[:, None] & (t0 + t_other < length)
-        is_second = half == 1
-        b_e = decay(tl.where(is_second, b_up_to, b_after), PRECISION)
-        b_x = tl.where(is_second, b_q, b_k) * b_e
-        b_pair = tl.load(p_da + M * C + i * tl.where(is_second, C, 1) + j * tl.where(is_second, 1, C))
-        b_dx = product(b_pair, tl.load(x_ptr + p_other), zero, PRECISION)
-        b_dg = masked_sum(load_mask(mask_ptr, _EARLIER - half, M), b_x * b_dx, b_dg, SUM_SPLIT)
-        b_dx *= b_e
-        b_dq += tl.where(is_second, b_dx, 0.0)
-        b_dk += tl.where(is_second, 0.0, b_dx)
-        b_rest = tl.minimum(b_total - tl.sum(b_g, axis=0), 0.0)[None, :]
-        if is_second:
-            b_up_to += b_rest
-            b_cross = _share_of_other_half(
-                p_v + t_other * v_stride_t, dstates_ptr + p_s, kx_ptr + p_other, m_other, M, K, BK, BV, V_ACT, PRECISION
-            )
-        else:
-            b_after += b_rest
-            b_cross = _share_of_other_half(
-                p_do + t_other * do_stride_t, states_ptr + p_s, qx_ptr + p_other, m_other, M, K, BK, BV, 0, PRECISION
-            )
-        b_dg += b_cross[None, :]
-    b_dqx, b_dkx, b_cross = state_gradients(
-        p_v + o_t[:, None] * v_stride_t, p_do + o_t[:, None] * do_stride_t, p_s, states_ptr, dstates_ptr, m_real,
-        M, K, BK, BV, V_ACT, PRECISION, STAGES,
-    )  # fmt: skip
-    b_dqx *= decay(b_up_to, PRECISION)
-    b_dkx *= decay(b_after, PRECISION)
-    b_dg = masked_sum(load_mask(mask_ptr, _LATER, M), b_q * b_dqx, b_dg, SUM_SPLIT)
-    b_dg = masked_sum(load_mask(mask_ptr, _EARLIER, M), b_k * b_dkx, b_dg, SUM_SPLIT)
-    b_dg += (b_cross * decay(b_total, PRECISION))[None, :]
-    b_dq += b_dqx
-    b_dk += b_dkx
-    if Q_ACT != 0:
-        b_raw = tl.load(p_q + o_t[:, None] * q_stride_t, mask=m_real, other=0.0)
-        b_dq *= activate_grad_tile(b_raw.to(tl.float32), Q_ACT)
-    p_out = (b * T + t64) * g_stride_t + i_h * K + o_t[:, None] * g_stride_t + o_k[None, :]
-    tl.store(dq_ptr + p_out, b_dq.to(dq_ptr.dtype.element_ty), mask=m_in)
-    # loaded once more: these gates would take registers all along
-    b_f = finite(tl.load(p_f + o_t[:, None] * f_stride_t, mask=m_real, other=100.0))
-    b_df, b_bound = logit_gradient(to_accumulator(b_f, eye), gamma, b_dg, b_dk, m_real, HAS_LB)
-    if LB_GRAD:  # of two terms, so that their order does not matter
-        tl.atomic_add(dlb_ptr + p_ch * K + o_k, b_bound, sem="relaxed")
-    tl.store(df_ptr + p_out, b_df.to(df_ptr.dtype.element_ty), mask=m_in)

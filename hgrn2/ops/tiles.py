@@ -41,7 +41,7 @@ class Tiles:
 
 def _tiles(chunk: int, dim: int, state: tuple, out: tuple, dv: tuple, grad: tuple, safe: tuple) -> Tiles:
     factor = Kernel(max(128, dim), 4, max(128, dim) // 128, 2)
-    score = Kernel(safe[0], safe[0], safe[2])
+    score = Kernel(min(dim, 32), 0, safe[2] if chunk == 32 else 2)
     return Tiles(
         chunk, factor, Kernel(*state), score, Kernel(*out), Kernel(*dv), Kernel(*grad), Kernel(*safe)
     )  # fmt: skip
@@ -52,9 +52,9 @@ def _tiles(chunk: int, dim: int, state: tuple, out: tuple, dv: tuple, grad: tupl
 _BF16 = {
     16: _tiles(32, 16, (16, 16, 1, 2), (16, 16, 1), (16, 16, 1), (16, 16, 1), (16, 16, 2)),
     32: _tiles(32, 32, (32, 32, 1, 2), (32, 32, 1), (32, 32, 1), (32, 32, 1), (32, 32, 2)),
-    64: _tiles(64, 64, (64, 64, 4, 2), (64, 64, 4), (64, 64, 4), (64, 64, 4), (64, 64, 4)),
-    128: _tiles(64, 128, (64, 128, 4, 3), (64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-    256: _tiles(64, 256, (64, 128, 4, 3), (64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+    64: _tiles(64, 64, (64, 64, 4, 2), (64, 64, 4), (64, 64, 4), (64, 64, 4), (64, 32, 4, 2)),
+    128: _tiles(64, 128, (64, 128, 4, 3), (64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
+    256: _tiles(64, 256, (64, 128, 4, 3), (64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
 }
 # fp32 operands: three tf32 products for fp32 inputs, one for fp16 (whose range the factors would leave)
 _FP32 = {

@@ -29,7 +29,7 @@ KERNELS = 12
 
 def variants(dim: int, dtype: torch.dtype):
     """(label, kernel, constants, absent arguments, warps) of all kernels of one row of the table of tiles."""
-    from hgrn2.ops import chunk_bwd, chunk_factors, chunk_fwd, chunk_safe, tiles
+    from hgrn2.ops import chunk_bwd, chunk_factors, chunk_fwd, chunk_safe, chunk_safe_bwd, tiles
 
     cfg = tiles.tiles_for(dim, dtype)
     precision, split, sub = tiles.arithmetic(dtype)
@@ -58,7 +58,7 @@ def variants(dim: int, dtype: torch.dtype):
     yield variant("out", chunk_fwd.chunk_out_kernel, cfg.out)
     yield variant("value_grad", chunk_bwd.chunk_value_grad_kernel, cfg.dv)
     yield variant("grad", chunk_bwd.chunk_grad_kernel, cfg.grad)
-    yield variant("safe_grad", chunk_safe.chunk_safe_grad_kernel, cfg.safe_grad)
+    yield variant("safe_grad", chunk_safe_bwd.chunk_safe_grad_kernel, cfg.safe_grad)
 
 
 def compile_for(capability: int, kernel, dtype: torch.dtype, constants: dict, absent: list, warps: int) -> dict:

@@ -186,7 +186,7 @@ def test_compile_checkpoint_and_graphs():
 
 
 def test_nothing_recompiles_for_other_batches_and_lengths():
-    from hgrn2.ops import chunk_bwd, chunk_factors, chunk_fwd, chunk_safe
+    from hgrn2.ops import chunk_bwd, chunk_factors, chunk_fwd, chunk_safe, chunk_safe_bwd
 
     kernels = (
         chunk_factors.chunk_factor_kernel,
@@ -195,7 +195,7 @@ def test_nothing_recompiles_for_other_batches_and_lengths():
         chunk_safe.chunk_score_kernel,
         chunk_bwd.chunk_value_grad_kernel,
         chunk_bwd.chunk_grad_kernel,
-        chunk_safe.chunk_safe_grad_kernel,
+        chunk_safe_bwd.chunk_safe_grad_kernel,
     )
 
     def call(batch, time):
