@@ -95,7 +95,7 @@ class _Call:
 
     def add(self, kernel, programs: int, tile: tiles.Kernel, values: dict | None = None, **names: str) -> None:
         values = self.values | dict(BK=tile.bk, BV=tile.bv, STAGES=tile.stages) | (values or {})
-        self.plan.add(kernel, programs, tile.warps, values, len=self.lengths, **names)
+        self.plan.add(kernel, programs, tile.options, values, len=self.lengths, **names)
 
     def factors(self, keep: bool, exact: bool, fast_limit: float | None) -> None:
         if fast_limit is None:
@@ -153,9 +153,9 @@ class _Call:
 
     def gradients(self, packed: bool, bound: bool) -> None:
         values = dict(g_stride_t=(3 if packed else 1) * self.heads * self.dim, LB_GRAD=bound)
-        tile = self.tiles.dv
-        self.add(chunk_value_grad_kernel, self.n_chunks * self.heads * (self.dim // tile.bv), tile, values)
         dlb = "dlb" if bound else "none"
+        tile = self.tiles.dv
+        self.add(chunk_value_grad_kernel, self.n_chunks * self.heads * (self.dim // tile.bv), tile, values, dlb=dlb)
         tile = self.tiles.grad
         self.add(chunk_grad_kernel, self.n_chunks * self.heads * (self.dim // tile.bk), tile, values, dlb=dlb)
         tile = self.tiles.safe_grad
@@ -287,7 +287,7 @@ def backward(do, d_final, q, f, v, lower_bound, lengths, buffer, table, reverse,
     if exact:
         d_initial = _boundary(q, initial_rows, d_final, table is not None)
     if lower_bound_grad:
-        dlb = q.new_zeros(n_chunks, heads, dim, dtype=torch.float32)
+        dlb = q.new_empty(n_chunks, heads, dim, dtype=torch.float32)
     if order is None:
         dq, df, dv = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
     else:

@@ -23,15 +23,16 @@ from hgrn2.ops.gates import activate_grad_tile, activate_tile, fast_reciprocal, 
 
 @triton.jit(do_not_specialize=["T", "NT", "H", "sign", "has_len"])
 def chunk_value_grad_kernel(
-    kx_ptr, v_ptr, do_ptr, a_ptr, dstates_ptr, dv_ptr, da_ptr, diag_ptr, table_ptr, len_ptr,
+    kx_ptr, v_ptr, do_ptr, a_ptr, dstates_ptr, dv_ptr, da_ptr, diag_ptr, dlb_ptr, table_ptr, len_ptr,
     v_stride_b, v_stride_t, v_stride_h, do_stride_b, do_stride_t, do_stride_h, g_stride_t,
     T, NT, H, sign, has_len,
-    K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr, V_ACT: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr, LB_GRAD: tl.constexpr,
+    V_ACT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dv `[B, T, H, V]` (tokens g_stride_t apart) of one chunk, head and tile of BV value channels.
 
     da_ptr `[NC, H, C, C]` and diag_ptr `[NC, H, C]` take the scores' gradient below the diagonal and on it.
+    dlb_ptr `[NC, H, K]` is set to 0 for the kernels that follow.
     """
     pid = tl.program_id(0)
     i_v = pid % (K // BV)
@@ -39,6 +40,9 @@ def chunk_value_grad_kernel(
     c = pid // ((K // BV) * H)
     p_ch = c.to(tl.int64) * H + i_h
     _n, b, t0, rows, _first, _last, length = locate(c, table_ptr, len_ptr, T, NT, sign, has_len, C, VARLEN)
+    if LB_GRAD:  # noqa: SIM102 (constants and data kept apart)
+        if i_v == 0:
+            tl.store(dlb_ptr + p_ch * K + tl.arange(0, K), tl.zeros([K], dtype=tl.float32))
     if rows <= 0:
         return
     t64 = t0.to(tl.int64)

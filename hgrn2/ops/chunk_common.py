@@ -26,7 +26,7 @@ Reverse scans run the same kernels with the token order flipped at loads and sto
 import triton
 import triton.language as tl
 
-from hgrn2.ops.gates import _INTERPRET, fast_exp2, round_tf32
+from hgrn2.ops.gates import _INTERPRET, exact_exp2, fast_exp2, round_tf32
 
 # the factors then stay inside the range of fp32 and bf16, with room for q; fp32 inputs keep more digits of the exponent
 FAST_LIMIT = 110.0
@@ -110,15 +110,7 @@ def exact_product(a, b, acc, PRECISION: tl.constexpr):
 def decay(x, PRECISION: tl.constexpr):
     """2^x; a relative error of 1e-7 for fp32 inputs, else the hardware's 2^-22."""
     if PRECISION == "tf32x3" or PRECISION == "ieee":
-        n = tl.floor(x + 0.5)
-        r = x - n
-        p = 0.000153707048 * r + 0.00133998483
-        p = p * r + 0.00961837325
-        p = p * r + 0.0555032904
-        p = p * r + 0.240226485
-        p = p * r + 0.693147206
-        # 2^n is exact in hardware
-        y = fast_exp2(n) * (p * r + 1.0)
+        y = exact_exp2(x)
     else:
         y = fast_exp2(x)
     return y

@@ -20,6 +20,7 @@ def chunk_factor_kernel(
 
     ex is for the backward: left out if keep is 0. EXACT: qx unrounded too, in qf_ptr. Safe chunks get their kx later.
     """
+    WHOLE: tl.constexpr = EXACT or PRECISION == "tf32x3" or PRECISION == "ieee"
     n_h = (H + BH - 1) // BH
     i_b = tl.program_id(0) % n_h
     c = tl.program_id(0) // n_h
@@ -45,10 +46,10 @@ def chunk_factor_kernel(
         # a padded token has k = 0 and lam = 1, which f = 100 gives
         b_f = tl.load(p_f + o_t[:, None] * f_stride_t, mask=m_real, other=100.0).to(tl.float32)
         b_q = tl.load(p_q + o_t[:, None] * q_stride_t, mask=m_real, other=0.0).to(tl.float32)
-        _sigma, _minus, b_k, _lam, b_g = gate_tile(b_f, gamma, HAS_LB)
+        _sigma, _minus, b_k, _lam, b_g = gate_tile(b_f, gamma, HAS_LB, WHOLE)
         b_sum = b_total[None, :] + tl.cumsum(b_g, axis=0)
         b_total += tl.sum(b_g, axis=0)
-        b_e = decay(b_sum, "tf32x3" if EXACT else PRECISION)
+        b_e = decay(b_sum, "ieee" if WHOLE else PRECISION)
         if Q_ACT != 0:
             b_q = tl.where(m_real, activate_tile(b_q, Q_ACT), 0.0)
         b_q = b_q * b_e

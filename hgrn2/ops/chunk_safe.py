@@ -57,7 +57,7 @@ def _inner_scores(
 @triton.jit
 def gated_half(
     p_q, p_f, q_stride_t, f_stride_t, o_r, t0, rows, length, sign, gamma, eye, HAS_LB: tl.constexpr,
-    Q_ACT: tl.constexpr,
+    Q_ACT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """q after activation, k and log2 lam of the tokens o_r of a chunk, laid out as accumulators."""
     o_t = o_r * sign
@@ -66,7 +66,7 @@ def gated_half(
     b_q = to_accumulator(tl.load(p_q + o_t[:, None] * q_stride_t, mask=m_real, other=0.0), eye)
     if Q_ACT != 0:
         b_q = tl.where(m_real, activate_tile(b_q, Q_ACT), 0.0)
-    _sigma, _minus, b_k, _lam, b_g = gate_tile(to_accumulator(b_f, eye), gamma, HAS_LB)
+    _sigma, _minus, b_k, _lam, b_g = gate_tile(to_accumulator(b_f, eye), gamma, HAS_LB, EXACT)
     return b_q, b_k, b_g
 
 
@@ -92,11 +92,12 @@ def chunk_score_kernel(
     if not any_safe(safe_ptr, first, until):
         return
     for pid in tl.range(first, until, num_stages=1):
-        if tl.load(safe_ptr + pid) != 0:
+        flag = tl.load(safe_ptr + pid)
+        if flag != 0:
             _scores(
                 q_ptr, f_ptr, lb_ptr, mask_ptr, kx_ptr, x_ptr, a_ptr, table_ptr, len_ptr, q_stride_b, q_stride_t,
-                q_stride_h, f_stride_b, f_stride_t, f_stride_h, T, NT, H, sign, has_len, keep, pid, K, BK, C, SUB,
-                VARLEN, HAS_LB, Q_ACT, PRECISION, SPLIT,
+                q_stride_h, f_stride_b, f_stride_t, f_stride_h, T, NT, H, sign, has_len, keep, pid, flag - 1, K, BK, C,
+                SUB, VARLEN, HAS_LB, Q_ACT, PRECISION, SPLIT,
             )  # fmt: skip
 
 
@@ -104,16 +105,19 @@ def chunk_score_kernel(
 def _scores(
     q_ptr, f_ptr, lb_ptr, mask_ptr, kx_ptr, x_ptr, a_ptr, table_ptr, len_ptr,
     q_stride_b, q_stride_t, q_stride_h, f_stride_b, f_stride_t, f_stride_h,
-    T, NT, H, sign, has_len, keep, pid,
+    T, NT, H, sign, has_len, keep, pid, zero_,
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, VARLEN: tl.constexpr,
     HAS_LB: tl.constexpr, Q_ACT: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
+    # zero_ is a zero that the compiler does not know of: what depends on it stays in the loop
+    mask_ptr += zero_ * 16
     M: tl.constexpr = 32
     i_h = (pid % H).to(tl.int64)
     c = pid // H
     p_ch = c.to(tl.int64) * H + i_h
     _n, b, t0, rows, _first, _last, length = locate(c, table_ptr, len_ptr, T, NT, sign, has_len, C, VARLEN)
     t64 = t0.to(tl.int64)
+    EXACT: tl.constexpr = PRECISION == "tf32x3" or PRECISION == "ieee"
     o_m = tl.arange(0, M)
     i = o_m[:, None]
     j = o_m[None, :]
@@ -131,7 +135,7 @@ def _scores(
         b_rest = tl.zeros([BK], dtype=tl.float32)
         if C > M:
             b_q, b_k, b_g = gated_half(
-                p_q, p_f, q_stride_t, f_stride_t, M + o_m, t0, rows, length, sign, gamma, eye, HAS_LB, Q_ACT
+                p_q, p_f, q_stride_t, f_stride_t, M + o_m, t0, rows, length, sign, gamma, eye, HAS_LB, Q_ACT, EXACT
             )
             b_second += _inner_scores(b_q, b_k, b_g, mask_ptr, M, BK, SUB, PRECISION, SPLIT)
             b_e = masked_sum(load_mask(mask_ptr, MASK_AFTER, M), b_g, zero, SPLIT)
@@ -142,7 +146,7 @@ def _scores(
             tl.store(x_ptr + p_x + M * K, b_later.to(x_ptr.dtype.element_ty), mask=(o_k < keep * K)[None, :])
             b_rest = tl.sum(b_g, axis=0)
         b_q, b_k, b_g = gated_half(
-            p_q, p_f, q_stride_t, f_stride_t, o_m, t0, rows, length, sign, gamma, eye, HAS_LB, Q_ACT
+            p_q, p_f, q_stride_t, f_stride_t, o_m, t0, rows, length, sign, gamma, eye, HAS_LB, Q_ACT, EXACT
         )
         b_first += _inner_scores(b_q, b_k, b_g, mask_ptr, M, BK, SUB, PRECISION, SPLIT)
         b_e = masked_sum(load_mask(mask_ptr, MASK_AFTER, M), b_g, zero, SPLIT)

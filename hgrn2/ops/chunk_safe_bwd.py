@@ -66,13 +66,14 @@ def chunk_safe_grad_kernel(
     if not any_safe(safe_ptr, first, until):
         return
     for n in tl.range(first, until, num_stages=1):
-        if tl.load(safe_ptr + n) != 0:
+        flag = tl.load(safe_ptr + n)
+        if flag != 0:
             _safe_gradients(
                 qx_ptr, kx_ptr, x_ptr, q_ptr, f_ptr, v_ptr, do_ptr, lb_ptr, mask_ptr, total_ptr, states_ptr,
                 dstates_ptr, da_ptr, diag_ptr, dq_ptr, df_ptr, dlb_ptr, table_ptr, len_ptr, q_stride_b, q_stride_t,
                 q_stride_h, f_stride_b, f_stride_t, f_stride_h, v_stride_b, v_stride_t, v_stride_h, do_stride_b,
-                do_stride_t, do_stride_h, g_stride_t, T, NT, H, sign, has_len, n, half, i_k, K, BK, BV, C, SUB, VARLEN,
-                HAS_LB, LB_GRAD, Q_ACT, V_ACT, PRECISION, SPLIT, STAGES,
+                do_stride_t, do_stride_h, g_stride_t, T, NT, H, sign, has_len, n, flag - 1, half, i_k, K, BK, BV, C,
+                SUB, VARLEN, HAS_LB, LB_GRAD, Q_ACT, V_ACT, PRECISION, SPLIT, STAGES,
             )  # fmt: skip
 
 
@@ -82,21 +83,24 @@ def _safe_gradients(
     da_ptr, diag_ptr, dq_ptr, df_ptr, dlb_ptr, table_ptr, len_ptr,
     q_stride_b, q_stride_t, q_stride_h, f_stride_b, f_stride_t, f_stride_h, v_stride_b, v_stride_t, v_stride_h,
     do_stride_b, do_stride_t, do_stride_h, g_stride_t,
-    T, NT, H, sign, has_len, pid, half, i_k,
+    T, NT, H, sign, has_len, pid, zero_, half, i_k,
     K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, VARLEN: tl.constexpr,
     HAS_LB: tl.constexpr, LB_GRAD: tl.constexpr, Q_ACT: tl.constexpr, V_ACT: tl.constexpr, PRECISION: tl.constexpr,
     SPLIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     SUM_SPLIT: tl.constexpr = 1 if PRECISION == "bf16" else SPLIT
+    EXACT: tl.constexpr = PRECISION == "tf32x3" or PRECISION == "ieee"
     M: tl.constexpr = 32
+    # a zero that the compiler does not know of: what depends on it stays in the loop, where registers are short
+    mask_ptr += zero_ * 16
     i_h = (pid % H).to(tl.int64)
     c = pid // H
     p_ch = c.to(tl.int64) * H + i_h
     _n, b, t0, rows, _first, _last, length = locate(c, table_ptr, len_ptr, T, NT, sign, has_len, C, VARLEN)
     t64 = t0.to(tl.int64)
-    o_m = tl.arange(0, M)
+    o_m = tl.arange(0, M) + zero_
     i = o_m[:, None]
-    j = o_m[None, :]
+    j = tl.arange(0, M)[None, :] + zero_ * 16
     o_r = half * M + o_m
     o_t = o_r * sign
     m_in = (o_r < rows)[:, None]
@@ -113,7 +117,9 @@ def _safe_gradients(
     b_diag = tl.load(diag_ptr + p_ch * C + o_r)[:, None]
     eye = load_mask(mask_ptr, 0, M)
     zero = tl.zeros([M, BK], dtype=tl.float32)
-    b_q, b_k, b_g = gated_half(p_q, p_f, q_stride_t, f_stride_t, o_r, t0, rows, length, sign, gamma, eye, HAS_LB, Q_ACT)
+    b_q, b_k, b_g = gated_half(
+        p_q, p_f, q_stride_t, f_stride_t, o_r, t0, rows, length, sign, gamma, eye, HAS_LB, Q_ACT, EXACT
+    )
 
     b_dq = b_diag * b_k
     b_dk = b_diag * b_q

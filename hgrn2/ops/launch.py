@@ -63,15 +63,15 @@ class Plan:
     def __init__(self, key: tuple):
         self.key, self.steps, self.launches = key, [], None
 
-    def add(self, kernel, programs: int, warps: int, values: dict, **tensors: str) -> None:
-        """Launch `programs` programs of a kernel, with integers and constants from `values`.
+    def add(self, kernel, programs: int, options: dict, values: dict, **tensors: str) -> None:
+        """Launch `programs` programs of a kernel with Triton's options, integers and constants from `values`.
 
         tensors: the plan's names for the kernel's pointers, where they differ; "none" is absent.
         """
         names = kernel.arg_names
         count = sum(name.endswith("_ptr") for name in names)
         pointers = [tensors.get(name[:-4], name[:-4]) for name in names[:count]]
-        self.steps.append((kernel, programs, warps, pointers, tuple(values[name] for name in names[count:])))
+        self.steps.append((kernel, programs, options, pointers, tuple(values[name] for name in names[count:])))
 
     def run(self, tensors: dict[str, Tensor | None], *buffers: tuple[Slots, Tensor]) -> None:
         """Launch everything; `tensors` and the slots of `buffers` together hold all names."""
@@ -88,17 +88,22 @@ class Plan:
         for programs, run, function, metadata, take, rest in self.launches:
             run(programs, 1, 1, stream, function, metadata, None, None, None, *take(found), *rest)
 
-    def _kind(self, kernel, warps: int, rest: tuple) -> tuple:
+    def _kind(self, kernel, options: dict, rest: tuple) -> tuple:
         parameters = kernel.params[len(kernel.params) - len(rest) :]
-        return id(kernel), warps, self.key, *(x for x, p in zip(rest, parameters, strict=True) if p.is_constexpr)
+        return (
+            id(kernel),
+            *options.values(),
+            self.key,
+            *(x for x, p in zip(rest, parameters, strict=True) if p.is_constexpr),
+        )
 
     def _resolve(self) -> bool:
         """Take the kernels that other plans have compiled, if those are all."""
         if tiles.INTERPRET:
             return False
         launches = []
-        for kernel, programs, warps, pointers, rest in self.steps:
-            run = _compiled.get(self._kind(kernel, warps, rest))
+        for kernel, programs, options, pointers, rest in self.steps:
+            run = _compiled.get(self._kind(kernel, options, rest))
             if run is None:
                 return False
             launches.append((programs, *run, operator.itemgetter(*pointers), rest))
@@ -106,10 +111,10 @@ class Plan:
         return True
 
     def _compile(self, tensors: dict[str, Tensor | None]) -> None:
-        for kernel, programs, warps, pointers, rest in self.steps:
-            found = kernel[(programs,)](*(tensors[name] for name in pointers), *rest, num_warps=warps)
+        for kernel, programs, options, pointers, rest in self.steps:
+            found = kernel[(programs,)](*(tensors[name] for name in pointers), *rest, **options)
             if not tiles.INTERPRET:
-                _compiled[self._kind(kernel, warps, rest)] = found.run, found.function, found.packed_metadata
+                _compiled[self._kind(kernel, options, rest)] = found.run, found.function, found.packed_metadata
 
 
 class Plans(dict):

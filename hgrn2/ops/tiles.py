@@ -14,7 +14,7 @@ SMALL_HEAD_DIMS = (1, 2, 4, 8)
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """Tile of one kernel: key channels `bk`, value channels `bv`, warps, pipeline stages.
+    """Tile of one kernel: key channels `bk`, value channels `bv`, warps, pipeline stages, most registers a thread.
 
     For the factor kernel, `bk` is channels (of several heads if the head dim is smaller) and `bv` tokens at a time.
     """
@@ -23,6 +23,12 @@ class Kernel:
     bv: int
     warps: int
     stages: int = 1
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict:
+        """What Triton calls them."""
+        return {"num_warps": self.warps} | ({} if self.registers is None else {"maxnreg": self.registers})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +58,9 @@ def _tiles(chunk: int, dim: int, state: tuple, out: tuple, dv: tuple, grad: tupl
 _BF16 = {
     16: _tiles(32, 16, (16, 16, 1, 2), (16, 16, 1), (16, 16, 1), (16, 16, 1), (16, 16, 2)),
     32: _tiles(32, 32, (32, 32, 1, 2), (32, 32, 1), (32, 32, 1), (32, 32, 1), (32, 32, 2)),
-    64: _tiles(64, 64, (64, 64, 4, 2), (64, 64, 4), (64, 64, 4), (64, 64, 4), (64, 32, 4, 2)),
-    128: _tiles(64, 128, (64, 128, 4, 3), (64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
-    256: _tiles(64, 256, (64, 128, 4, 3), (64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
+    64: _tiles(64, 64, (64, 64, 4, 2), (64, 64, 4), (64, 64, 4), (64, 64, 4), (64, 32, 8, 2, 128)),
+    128: _tiles(64, 128, (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2), (64, 32, 8, 2, 128)),
+    256: _tiles(64, 256, (64, 128, 4, 3), (64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2), (64, 32, 8, 2, 128)),
 }
 # fp32 operands: three tf32 products for fp32 inputs, one for fp16 (whose range the factors would leave)
 _FP32 = {

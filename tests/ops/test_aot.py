@@ -28,7 +28,7 @@ KERNELS = 12
 
 
 def variants(dim: int, dtype: torch.dtype):
-    """(label, kernel, constants, absent arguments, warps) of all kernels of one row of the table of tiles."""
+    """(label, kernel, constants, absent arguments, options) of all kernels of one row of the table of tiles."""
     from hgrn2.ops import chunk_bwd, chunk_factors, chunk_fwd, chunk_safe, chunk_safe_bwd, tiles
 
     cfg = tiles.tiles_for(dim, dtype)
@@ -41,7 +41,7 @@ def variants(dim: int, dtype: torch.dtype):
     def variant(label, kernel, t, absent=(), **constants):
         constants = common | dict(BK=t.bk, BV=t.bv, STAGES=t.stages) | constants
         constants = {name: constants[name] for name in kernel.arg_names if name in constants}
-        return label, kernel, constants, ["table_ptr", *absent], t.warps
+        return label, kernel, constants, ["table_ptr", *absent], t.options
 
     t = cfg.factor
     for exact in (False, True):
@@ -61,7 +61,7 @@ def variants(dim: int, dtype: torch.dtype):
     yield variant("safe_grad", chunk_safe_bwd.chunk_safe_grad_kernel, cfg.safe_grad)
 
 
-def compile_for(capability: int, kernel, dtype: torch.dtype, constants: dict, absent: list, warps: int) -> dict:
+def compile_for(capability: int, kernel, dtype: torch.dtype, constants: dict, absent: list, options: dict) -> dict:
     """Shared memory and (where the tools can tell) registers and bytes of stack of one compiled kernel."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -85,7 +85,7 @@ def compile_for(capability: int, kernel, dtype: torch.dtype, constants: dict, ab
             if "stride" in name:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, values, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     row = {"shared": compiled.metadata.shared}
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if tool.exists():
@@ -103,8 +103,8 @@ def main(capability: int, rows: list[str]) -> None:
     for row in rows:
         name, dim = row.split(":")
         dtype = next(d for d, n in NAMES.items() if n == name)
-        for label, kernel, constants, absent, warps in variants(int(dim), dtype):
-            report[f"{row} {label}"] = compile_for(capability, kernel, dtype, constants, absent, warps)
+        for label, kernel, constants, absent, options in variants(int(dim), dtype):
+            report[f"{row} {label}"] = compile_for(capability, kernel, dtype, constants, absent, options)
     print(json.dumps(report))
 
 

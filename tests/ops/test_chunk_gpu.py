@@ -63,11 +63,11 @@ def test_error_against_plain_torch(dtype, dim, mean, limit):
     ours = errors(run(triton_scan, inputs, d_out, d_final, dtype, fast_limit=limit), truth)
     plain = errors(run(plain_scan, inputs, d_out, d_final, dtype), truth)
     ratios = {n: ours[n] / plain[n] for n in truth}
-    # what is reached, which must not get worse. fp32: three tf32 products and the hardware's exponential; the initial
-    # state's gradient comes from products of the inputs' dtype, as dq does, where plain torch forms it in fp32
+    # what is reached, which must not get worse. fp32: three tf32 products, summed by the tensor cores; the initial
+    # state's gradient is formed as for fp32 inputs in every dtype, and so is plain torch's
     factor = 2.6 if dtype == FP32 else 2.0
-    reached = plain | {"d initial_state": plain["d q"]}
-    assert all(ours[n] <= factor * reached[n] for n in truth), ratios
+    reached = {n: 4.0 if n == "d initial_state" else factor for n in truth}
+    assert all(ratios[n] <= reached[n] for n in truth), ratios
     missed = {n: round(ratio, 2) for n, ratio in ratios.items() if ratio > 2}
     if missed:
         pytest.xfail(f"the target is twice plain torch's error; times plain torch's: {missed}")
