@@ -101,7 +101,7 @@ class _Lines:
         self.values |= {f"{name}_stride_{dim}": s for dim, s in zip("bpth", order, strict=True)}
 
     def _add(self, kernel, programs: int, values: dict, warps: int = _WARPS, **names: str) -> None:
-        self.plan.add(kernel, programs, warps, self.values | values, **self.absent, **names)
+        self.plan.add(kernel, programs, dict(num_warps=warps), self.values | values, **self.absent, **names)
 
     def _checkpoints(self, unroll: int) -> tuple[int, ...]:
         return self.blocks, self.length // unroll, self.dim, _LANES, self.dim

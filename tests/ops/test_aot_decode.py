@@ -13,14 +13,14 @@ from test_aot import SHARED, compile_for
 
 
 def variants(capability: int):
-    """(label, kernel, constants, absent arguments, warps): every head dim, and each tile of a 2048-wide layer."""
+    """(label, kernel, constants, absent arguments, options): every head dim, and each tile of a 2048-wide layer."""
     from hgrn2.ops import matvec, step
 
     early = capability >= 90
     for dim in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         heads, columns = step.blocks(2048 // dim, dim)
         constants = dict(K=dim, BH=heads, BV=columns, HAS_LB=True, Q_ACT=1, V_ACT=2, OVERLAP=early)
-        yield f"step {dim}", step.step_kernel, constants, [], step._WARPS
+        yield f"step {dim}", step.step_kernel, constants, [], dict(num_warps=step._WARPS)
     for rows in (1, 2):
         for norm, width, gate in ((0, 2048, -1), (1, 2048, -1), (2, 2048, -1), (0, 5632, 1)):
             wide, padded = (2, 8192) if width > 4096 else (1, width)
@@ -30,7 +30,7 @@ def variants(capability: int):
                 HAS_G=norm > 0, HAS_SHIFT=norm == 2, HAS_RES=True, START=3 if early else 0,
             )  # fmt: skip
             label = f"matvec {rows} rows, norm {norm}, width {width}"
-            yield label, matvec.matvec_kernel, constants, absent, wide * matvec._WARPS
+            yield label, matvec.matvec_kernel, constants, absent, dict(num_warps=wide * matvec._WARPS)
 
 
 @pytest.mark.parametrize("capability", [86, 90, *(pytest.param(c, marks=pytest.mark.slow) for c in (80, 89, 100, 120))])

@@ -13,7 +13,7 @@ from test_aot import SHARED, compile_for, record
 
 
 def variants(dim: int):
-    """(label, kernel, constants, absent arguments, warps): both directions at once, from and to other segments."""
+    """(label, kernel, constants, absent arguments, options): both directions at once, from and to other segments."""
     from hgrn2.ops import scan, scan_bwd, scan_fwd
 
     common = dict(
@@ -31,8 +31,8 @@ def variants(dim: int):
     ):
         constants = common | constants
         constants = {name: constants[name] for name in kernel.arg_names if name in constants}
-        warps = 1 if label == "carry" else scan._WARPS
-        yield f"bf16:{dim} scan {label}", kernel, constants, ["table_ptr", "len_ptr", *absent], warps
+        options = dict(num_warps=1 if label == "carry" else scan._WARPS)
+        yield f"bf16:{dim} scan {label}", kernel, constants, ["table_ptr", "len_ptr", *absent], options
 
 
 # each head dim once on the chip that was measured, each other chip once; all on all under -m slow
