@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from hgrn2 import HGRN2Config
 from hgrn2.config import check
 from hgrn2.ops import choose_impl
-from tasks.optim import OptimConfig, build_optimizer
+from tasks.optim import OptimConfig, build_optimizer, may_fuse
 
 EVAL_STAGES = ("val", "test")
 IGNORED = -1  # the target of a sample that no metric counts
@@ -154,9 +154,8 @@ class Task(LightningModule):
             self.log("train/grad_norm", torch.nn.utils.get_total_norm(grads))
 
     def configure_optimizers(self) -> dict:
-        # the gradient scaler of fp16 and a fused optimiser exclude gradient clipping
-        fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
-        return build_optimizer(self, self.optim_config, fused)
+        clip = self.trainer.gradient_clip_val
+        return build_optimizer(self, self.optim_config, may_fuse(self.device.type, self.trainer.precision, clip))
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 

@@ -107,6 +107,14 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
+def may_fuse(device: str, precision: str, clip: float | None) -> bool:
+    """Whether AdamW can run as one fused kernel: on CUDA, but not where Lightning clips gradients in mixed precision.
+
+    Lightning refuses to clip there, also in bf16, where no gradient scaler is involved.
+    """
+    return device == "cuda" and not (precision.endswith("-mixed") and clip)
+
+
 def build_optimizer(module: nn.Module, config: OptimConfig, fused: bool) -> dict:
     """AdamW and its schedule, as `configure_optimizers` returns them."""
     groups = parameter_groups(module, config)

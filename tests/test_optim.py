@@ -8,7 +8,7 @@ from torch import nn
 
 from hgrn2 import ConfigError
 from tasks import TASKS
-from tasks.optim import OptimConfig, build_optimizer, learning_rate, parameter_groups
+from tasks.optim import OptimConfig, build_optimizer, learning_rate, may_fuse, parameter_groups
 
 
 @pytest.mark.parametrize("domain", TASKS)
@@ -85,3 +85,19 @@ def test_adamw_sees_the_betas():
     built = build_optimizer(nn.Linear(2, 2), OptimConfig(betas=[0.8, 0.95]), fused=False)
     assert built["optimizer"].defaults["betas"] == (0.8, 0.95)
     assert isinstance(built["optimizer"], torch.optim.AdamW)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("clip", [None, 0.0, 1.0])
+def test_lightning_clips_what_is_fused(precision, clip):
+    """A fused optimiser is only asked for where Lightning's precision plugin will clip its gradients."""
+    from lightning.pytorch.plugins import MixedPrecision, Precision
+
+    layer = nn.Linear(2, 2)
+    layer(torch.ones(1, 2)).sum().backward()
+    fused = may_fuse("cuda", precision, clip)
+    optimizer = build_optimizer(layer, OptimConfig(), fused=fused)["optimizer"]
+    plugin = MixedPrecision(precision, "cpu") if precision.endswith("-mixed") else Precision()
+    plugin.clip_gradients(optimizer, clip or 0)  # raises where it will not
+    assert fused or (clip and precision.endswith("-mixed"))
+    assert not may_fuse("cpu", precision, clip)

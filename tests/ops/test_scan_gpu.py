@@ -71,12 +71,12 @@ def test_error_against_plain_torch(dtype, dim, mean):
     mine = errors(run(ours, inputs, d_out, d_final, dtype, output_final_state=True), truth)
     plain = errors(run(plain_scan, inputs, d_out, d_final, dtype), truth)
     ratios = {n: mine[n] / plain[n] for n in truth}
-    # what is reached, which must not get worse: x / lam in fp32, where x is a running sum (see `scan_bwd`)
-    factor = dict.fromkeys(truth, 2.0) | ({"d lower_bound": 12.0, "d initial_state": 2.6} if dtype == FP32 else {})
-    assert all(ratios[n] <= factor[n] for n in truth), str(ratios)
-    missed = {n: round(ratio, 2) for n, ratio in ratios.items() if ratio > 2}
+    # what is reached, which must not get worse: plain torch forms states and their gradients in fp32, too, so that for
+    # those its error may be a last place or less; d lower_bound divides a running sum by lam (see `scan_bwd`)
+    assert all(ratio <= 2 or mine[n] < (2e-6 if n == "d lower_bound" else 5e-7) for n, ratio in ratios.items()), ratios
+    missed = {n: (round(ratio, 2), f"{mine[n]:.0e}") for n, ratio in ratios.items() if ratio > 2}
     if missed:
-        pytest.xfail(f"the target is twice plain torch's error; times plain torch's: {missed}")
+        pytest.xfail(f"the target is twice plain torch's error; times plain torch's, and error: {missed}")
 
 
 @pytest.mark.parametrize("time", [1, 2, 63, 65, 1000, 16385])
