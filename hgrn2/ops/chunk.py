@@ -17,7 +17,7 @@ from hgrn2.ops.launch import Plan, Plans, Slots, kinds
 # sequences of fewer chunks are not worth splitting
 _MIN_SPLIT = 16
 # programs a multiprocessor that safe chunks are spread over at least, if there are as many
-_SAFE_PROGRAMS = 8
+_SAFE_PROGRAMS = 16
 
 _forward_plans, _backward_plans = Plans(), Plans()
 
