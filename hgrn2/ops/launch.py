@@ -42,11 +42,6 @@ class Slots:
         self.of[name] = offset, count, shape, dtype
         self.size = offset + count
 
-    def add_part(self, name: str, whole: str, index: int) -> None:
-        """Another name for entry `index` of the first dimension of `whole`; its bytes must be a multiple of 16."""
-        offset, count, shape, dtype = self.of[whole]
-        self.of[name] = offset + index * (count // shape[0]), count // shape[0], shape[1:], dtype
-
     def view(self, buffer: Tensor, name: str) -> Tensor:
         """One of the tensors in a buffer of `size` bytes."""
         offset, count, shape, dtype = self.of[name]

@@ -24,8 +24,6 @@ _MIN_SEGMENT = 16
 _MAX_SEGMENT = {1: 128, 2: 64, 4: 64, 8: 128}
 # tokens on their way per thread, (outputs, gradients): compile time grows with the square of it
 _UNROLL = {1: (8, 8), 2: (8, 4), 4: (4, 4), 8: (2, 1)}
-# head dims whose two states do not fit the registers together: the gradients of opposite scans run one by one
-_SPLIT = ()
 # head dims whose states are cheaper to compute again than what they leave behind (see `scan_bwd`)
 _BLOCK = (1, 2)
 
@@ -113,8 +111,6 @@ class _Lines:
         shape = (2 if self.options.both else 1, self.segments, self.heads, self.dim, self.dim)
         name = f"{name}{self.axis}"
         slots.add(name, shape, torch.float32)
-        if self.options.both:
-            slots.add_part(f"{name}+", name, 1)
         decay = f"decay{len(self.scratch.of)}"
         self.scratch.add(decay, shape[1:-1], torch.float32)
         x, y = ("q", "do") if grad else ("f", "v")
@@ -143,36 +139,27 @@ class _Lines:
             self.scratch.add(scratch, self._checkpoints(_UNROLL[self.dim][0]), torch.float32)
         self._add(scan_out_kernel, self.blocks, values, enter=enter, leave=leave, scratch=scratch)
 
-    def gradients(self, enter: str, d_enter: str, d_leave: str, bound: bool, add: bool) -> list[str]:
-        """dq, df and dv; returns the names of the segments' shares of d lower_bound."""
-        block = self.dim in _BLOCK
+    def gradients(self, enter: str, d_enter: str, d_leave: str, bound: bool, add: bool) -> None:
+        """dq, df and dv, and the segments' shares of d lower_bound."""
+        block, d_leave = self.dim in _BLOCK, "none" if self.carried else d_leave
         shape, dtype = (self.blocks, self.length, _LANES, self.dim), torch.float32
         if block:
             shape = self._checkpoints(_UNROLL[self.dim][1])
         elif self.dim == 8:
             shape, dtype = (2, *shape), torch.int16
-        split = self.options.both and self.dim in _SPLIT
-        shares = []
-        for slot in (0, 1) if split else (0,):
-            names = dict(enter=enter, d_enter=d_enter, d_leave="none" if self.carried else d_leave)
-            if slot and self.carried:
-                names |= dict(enter=f"{enter}+", d_enter=f"{d_enter}+")
-            both = self.options.both and not split
-            for name in ("dk", "dq2") if both else ("dk",):
-                names[name] = f"{name}{self.axis}"
-                if names[name] not in self.scratch.of:
-                    self.scratch.add(names[name], shape, dtype)
-            names["dlb"] = f"dlb{self.axis}{slot}" if bound else "none"
-            if bound:
-                self.scratch.add(names["dlb"], (self.segments, self.heads, self.dim), torch.float32)
-                shares.append(names["dlb"])
-            values = dict(
-                FLIP=self.options.flip != (slot == 1), BOTH=both, UNROLL=_UNROLL[self.dim][1], ADD=add or slot == 1,
-                BLOCK=block, LB_GRAD=bound, HAS_ENTER=enter != "none", HAS_D_ENTER=d_enter != "none",
-                HAS_D_LEAVE=names["d_leave"] != "none",
-            )  # fmt: skip
-            self._add(scan_grad_kernel, self.blocks, values, **({"dq2": "none"} | names))
-        return shares
+        names = dict(enter=enter, d_enter=d_enter, d_leave=d_leave, dk=f"dk{self.axis}", dq2="none", dlb="none")
+        self.scratch.add(names["dk"], shape, dtype)
+        if self.options.both:
+            names["dq2"] = f"dq2{self.axis}"
+            self.scratch.add(names["dq2"], shape, dtype)
+        if bound:
+            names["dlb"] = f"dlb{self.axis}"
+            self.scratch.add(names["dlb"], (self.segments, self.heads, self.dim), torch.float32)
+        values = dict(
+            UNROLL=_UNROLL[self.dim][1], ADD=add, BLOCK=block, LB_GRAD=bound, HAS_ENTER=enter != "none",
+            HAS_D_ENTER=d_enter != "none", HAS_D_LEAVE=d_leave != "none",
+        )  # fmt: skip
+        self._add(scan_grad_kernel, self.blocks, values, **names)
 
 
 def _lines(plan, scratch, options, q, f, v, lower_bound, lengths, documents) -> list[_Lines]:
@@ -252,7 +239,7 @@ def backward(q, f, v, do, d_final, lower_bound, initial_state, lengths, cu_seqle
             Slots(),
         )
         enter, d_enter = "none" if initial_state is None else "init", "none" if d_final is None else "d_final"
-        d_leave, shares = "d_initial" if initial else "none", []
+        d_leave = "d_initial" if initial else "none"
         every = _lines(plan, scratch, options, q, f, v, lower_bound, lengths, documents)
         for i, lines in enumerate(every):
             lines.strides("do", do)
@@ -262,9 +249,9 @@ def backward(q, f, v, do, d_final, lower_bound, initial_state, lengths, cu_seqle
             states = lines.states(saved, "states", enter, "none", False)
             lines.plan = plan
             d_states = lines.states(scratch, "d_states", d_enter, d_leave, True)
-            shares += lines.gradients(states, d_states, d_leave, bound, i > 0)
-        found = _backward_plans[key] = plan, saved, scratch, shares, every[0].segments, every[0].length
-    plan, saved, scratch, shares, segments, length = found
+            lines.gradients(states, d_states, d_leave, bound, i > 0)
+        found = _backward_plans[key] = plan, saved, scratch, every[0].segments, every[0].length
+    plan, saved, scratch, segments, length = found
     enter, d_enter = _turned(initial_state), _turned(d_final)
     d_leave = _ends(q, documents, d_enter) if initial else None
     table = None if documents is None else chunk_table(cu_seqlens, segments, length, False)
@@ -274,7 +261,7 @@ def backward(q, f, v, do, d_final, lower_bound, initial_state, lengths, cu_seqle
     )  # fmt: skip
     work = _scratch(q, scratch)
     plan.run(tensors, _scratch(q, saved) if kept is None else (saved, kept), work)
-    d_bound = sum(scratch.view(work[1], name).sum(0) for name in shares) if bound else None
+    d_bound = sum(scratch.view(work[1], f"dlb{axis}").sum(0) for axis in options.axes) if bound else None
     return dq, df, dv, d_bound, _turned(d_leave)
 
 
