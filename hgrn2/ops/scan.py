@@ -5,6 +5,7 @@ memory. Kernels in `scan_fwd` and `scan_bwd`, shapes in `scan_common`.
 """
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
@@ -55,12 +56,16 @@ def segment_length(lines: int, time: int, heads: int, dim: int, device: torch.de
     return 8 * _cdiv(_cdiv(time, _cdiv(time, length)), 8)
 
 
+@functools.lru_cache(maxsize=1024)
+def _are_vectors(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    dim = shape[-1]
+    fine = all(size == 1 or stride % dim == 0 for size, stride in zip(shape[:-1], strides[:-1], strict=True))
+    return fine and (strides[-1] == 1 or dim == 1)
+
+
 def vectors(x: Tensor) -> Tensor:
     """x, copied only where a head's K values are not adjacent or not at multiples of K."""
-    dim = x.shape[-1]
-    fine = x.stride(-1) == 1 or dim == 1
-    fine = fine and all(size == 1 or s % dim == 0 for size, s in zip(x.shape[:-1], x.stride()[:-1], strict=True))
-    return x if fine else x.contiguous()
+    return x if _are_vectors(x.shape, x.stride()) else x.contiguous()
 
 
 class _Lines:
@@ -261,15 +266,27 @@ def backward(q, f, v, do, d_final, lower_bound, initial_state, lengths, cu_seqle
     )  # fmt: skip
     work = _scratch(q, scratch)
     plan.run(tensors, _scratch(q, saved) if kept is None else (saved, kept), work)
-    d_bound = sum(scratch.view(work[1], f"dlb{axis}").sum(0) for axis in options.axes) if bound else None
+    d_bound = None
+    for axis in options.axes if bound else ():
+        share = scratch.view(work[1], f"dlb{axis}").sum(0)
+        d_bound = share if d_bound is None else d_bound + share
     return dq, df, dv, d_bound, _turned(d_leave)
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_slot(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether `[B, Y, X, H, K]` is laid out as a slot of a packed `[B, Y, X, 3, H, K]`."""
+    _, rows, columns, heads, dim = shape
+    token = 3 * heads * dim
+    want = (rows * columns * token, columns * token, token, dim, 1)
+    return all(size == 1 or stride == w for size, stride, w in zip(shape, strides, want, strict=True))
 
 
 def packed_order(q: Tensor, f: Tensor, v: Tensor) -> tuple[int, int, int] | None:
     """Which slots of one packed `[B, Y, X, 3, H, K]` q, f and v are, or None."""
-    rows, dim = q.shape[3] * q.shape[4], q.shape[4]
-    want = torch.empty(*q.shape[:3], 3, *q.shape[3:], device="meta").select(3, 0).stride()
-    same = all(n == 1 or s == w for x in (q, f, v) for n, s, w in zip(x.shape, x.stride(), want, strict=True))
-    at = [x.data_ptr() // x.element_size() for x in (q, f, v)]
-    order = tuple((a - min(at)) // rows if (a - min(at)) % rows == 0 else -1 for a in at)
-    return order if same and dim * q.shape[3] and sorted(order) == [0, 1, 2] else None
+    if not all(_is_slot(x.shape, x.stride()) for x in (q, f, v)):
+        return None
+    row = q.shape[3] * q.shape[4] * q.element_size()
+    at = [x.data_ptr() for x in (q, f, v)]
+    order = tuple((a - min(at)) // row if (a - min(at)) % row == 0 else -1 for a in at)
+    return order if sorted(order) == [0, 1, 2] else None

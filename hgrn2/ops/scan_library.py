@@ -109,11 +109,13 @@ class _Eager(torch.autograd.Function):
     """The registered op without the dispatcher; it keeps the segments' states, which the op computes again."""
 
     @staticmethod
-    def forward(ctx, *inputs):
+    def forward(ctx, q, f, v, *rest):
+        inputs = (_grid(q), _grid(f), _grid(v), *rest)
         o, final, kept = _run(*inputs)
         _save(ctx, inputs, None)
         ctx.save_for_backward(*inputs[:7], kept)
-        return o, final
+        ctx.flat = q.dim() == 4
+        return o.squeeze(1) if ctx.flat else o, final
 
     @staticmethod
     def backward(ctx, do, d_final):
@@ -127,6 +129,8 @@ class _Eager(torch.autograd.Function):
             grads[3:] = [x if need else None for x, need in zip(grads[3:], needs, strict=True)]
         else:
             grads = _run_backward(do, d_final, *tensors, *ctx.options, *needs, kept, packed=True)
+        if ctx.flat:
+            grads = [*(x.squeeze(1) for x in grads[:3]), *grads[3:]]
         return *grads, *(None,) * 6
 
 
