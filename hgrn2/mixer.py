@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hgrn2.config import HGRN2Config
 from hgrn2.fused import fused_mixer_step, mixer_supported
 from hgrn2.layers import make_norm
-from hgrn2.ops import hgrn2_scan, hgrn2_scan_2d, hgrn2_step
+from hgrn2.ops import grid_scan, hgrn2_scan, hgrn2_scan_2d, hgrn2_step
 from hgrn2.ops.gates import forget_gate
 
 
@@ -96,8 +96,10 @@ class HGRN2Mixer(nn.Module):
         """
         scan = self.config.scan
         if scan == "2d_series":
-            for axis in (0, 1):  # down and up the columns, then along the rows
-                x = self._output(self._scan_along(x, lower_bound, grid, axis))
+            for direction in ("columns", "rows"):
+                q, f, v = (a.unflatten(1, grid) for a in self._project(x))
+                o = grid_scan(q, f, v, lower_bound, direction, **self._acts())
+                x = self._output(o.flatten(1, 2))
             return x, None
         q, f, v = self._project(x)
         acts = self._acts()
@@ -132,13 +134,3 @@ class HGRN2Mixer(nn.Module):
     def _output(self, o: Tensor) -> Tensor:
         """`[..., H, V]` -> `[..., D]`: the norm is over the full width, not per head."""
         return self.out_proj(self.norm(o.flatten(-2)))
-
-    def _scan_along(self, x: Tensor, lower_bound: Tensor | None, grid: tuple[int, int], axis: int) -> Tensor:
-        """Both directions along one axis of the grid: `[B, T, D]` -> `[B, T, H, V]`."""
-        q, f, v = (a.unflatten(1, grid) for a in self._project(x))
-        if axis == 0:
-            q, f, v = (a.transpose(1, 2) for a in (q, f, v))
-        lines = q.shape[:2]
-        o, _ = hgrn2_scan(*(a.flatten(0, 1) for a in (q, f, v)), lower_bound, direction="both", **self._acts())
-        o = o.unflatten(0, lines)
-        return (o.transpose(1, 2) if axis == 0 else o).flatten(1, 2)

@@ -74,19 +74,16 @@ def hgrn2_scan(
             q, f, v, lower_bound, direction=direction, initial_state=initial_state, **options
         )  # fmt: skip
         return o, final_state if output_final_state else None
-    if name == "triton" and q.shape[-1] < 16:
-        return lane_scan(
+    if name == "triton":
+        return (lane_scan if q.shape[-1] < 16 else triton_scan)(
             q, f, v, lower_bound, direction=direction, initial_state=initial_state,
             output_final_state=output_final_state, **options,
         )  # fmt: skip
-    scan = recurrent_scan
-    if name == "triton":
-        scan, options = triton_scan, options | dict(output_final_state=output_final_state)
     if direction == "both":
-        o = sum(scan(q, f, v, lower_bound, reverse=reverse, **options)[0] for reverse in (False, True))
+        o = sum(recurrent_scan(q, f, v, lower_bound, reverse=reverse, **options)[0] for reverse in (False, True))
         final_state = None
     else:
-        o, final_state = scan(
+        o, final_state = recurrent_scan(
             q, f, v, lower_bound, reverse=direction == "reverse", initial_state=initial_state, **options
         )  # fmt: skip
     return o, final_state if output_final_state else None
@@ -110,15 +107,36 @@ def hgrn2_scan_2d(
     Returns:
         o `[B, Y, X, H, V]` in the dtype of q.
     """
+    return grid_scan(q, f, v, lower_bound, "2d", q_act=q_act, v_act=v_act, impl=impl)
+
+
+def grid_scan(
+    q: Tensor,
+    f: Tensor,
+    v: Tensor,
+    lower_bound: Tensor | None,
+    direction: str,
+    *,
+    q_act: str | None = None,
+    v_act: str | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """`hgrn2_scan_2d`, or with direction "rows" or "columns" only its two scans along X or along Y."""
     _check_inputs(q, f, v, lower_bound, q_act, v_act, ndim=5, legend="[B, Y, X, H, K]")
-    batch, height, width = q.shape[:3]
     options = dict(q_act=q_act, v_act=v_act)
-    if q.shape[-1] < 16 and _implementation(impl, q, lower_bound, "2d", **options) == "triton":
-        return lane_scan(q, f, v, lower_bound, direction="2d", **options)[0]
-    options |= dict(direction="both", impl=impl)
-    rows, _ = hgrn2_scan(*(x.flatten(0, 1) for x in (q, f, v)), lower_bound, **options)
-    columns, _ = hgrn2_scan(*(x.transpose(1, 2).flatten(0, 1) for x in (q, f, v)), lower_bound, **options)
-    return rows.unflatten(0, (batch, height)) + columns.unflatten(0, (batch, width)).transpose(1, 2)
+    # the two along one axis are the kernels of sequences, on other strides
+    name = _implementation(impl, q, lower_bound, "2d" if direction == "2d" else "both", **options)
+    if name == "triton":
+        return (lane_scan if q.shape[-1] < 16 else triton_scan)(
+            q, f, v, lower_bound, direction=direction, output_final_state=False, **options
+        )[0]
+    found = []
+    for columns in {"rows": (False,), "columns": (True,), "2d": (False, True)}[direction]:
+        lines = [x.transpose(1, 2) if columns else x for x in (q, f, v)]
+        o, _ = hgrn2_scan(*(x.flatten(0, 1) for x in lines), lower_bound, direction="both", impl=name, **options)
+        o = o.unflatten(0, lines[0].shape[:2])
+        found.append(o.transpose(1, 2) if columns else o)
+    return sum(found)
 
 
 @torch.no_grad()
@@ -168,11 +186,8 @@ def _implementation(impl: str, q: Tensor, lower_bound: Tensor | None, direction:
     # on a CPU, Triton is its interpreter: for tests, by name only
     if impl in ("reference", "torch") or (impl == "auto" and q.device.type != "cuda"):
         return "torch" if impl == "auto" else impl
-    reason = None
-    # small states have kernels of their own for opposite scans, the others run one scan after the other
-    for one in ("forward", "reverse") if direction == "both" and q.shape[-1] >= 16 else (direction,):
-        call = dict(lower_bound=lower_bound is not None, direction=one, q_act=q_act, v_act=v_act)
-        reason = reason or triton_supported(q, self_test=call)
+    call = dict(lower_bound=lower_bound is not None, direction=direction, q_act=q_act, v_act=v_act)
+    reason = triton_supported(q, self_test=call)
     if reason is not None and impl == "triton":
         raise ValueError(f"impl='triton' cannot run here: {reason}; use impl='auto' or 'torch'")
     return "triton" if reason is None else "torch"

@@ -1,6 +1,10 @@
-"""Host side of the chunked Triton scan: plans the grid, allocates, launches. Shapes as in `chunk_common`."""
+"""Host side of the chunked Triton scan: plans the grid, allocates, launches. Shapes as in `chunk_common`.
+
+Tensors are `[B, T, H, K]`, or `[B, P, T, H, K]` with any strides over B, P and T (see `directions`).
+"""
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -72,16 +76,17 @@ class _Call:
     """Sizes and constants of one kind of call, which add its kernels to a plan; tensors have the names used here."""
 
     def __init__(self, q, f, v, lower_bound, lengths, others, n_chunks, packed_documents, reverse, q_act, v_act):
-        self.batch, self.time, self.heads, self.dim = q.shape
+        *lines, self.time, self.heads, self.dim = q.shape
+        self.batch = math.prod(lines)
         self.device, self.dtype, self.tiles = q.device, q.dtype, tiles.tiles_for(self.dim, q.dtype)
         chunk = self.tiles.chunk
         self.n_chunks, self.n_t, self.varlen = n_chunks, _cdiv(self.time, chunk), packed_documents
         precision, split, sub = tiles.arithmetic(q.dtype)
         self.values = dict(
-            T=self.time, NT=self.n_t, NC=n_chunks, H=self.heads, sign=-1 if reverse else 1,
-            has_len=int(lengths is not None), K=self.dim, C=chunk, LOG_C=chunk.bit_length() - 1, SUB=sub,
-            VARLEN=packed_documents, HAS_LB=lower_bound is not None, Q_ACT=q_act, V_ACT=v_act,
-            PRECISION=precision, SPLIT=split,
+            T=self.time, NT=self.n_t, P=1 if len(lines) == 1 else lines[1], NC=n_chunks, H=self.heads,
+            sign=-1 if reverse else 1, has_len=int(lengths is not None), K=self.dim, C=chunk,
+            LOG_C=chunk.bit_length() - 1, SUB=sub, VARLEN=packed_documents, HAS_LB=lower_bound is not None,
+            Q_ACT=q_act, V_ACT=v_act, PRECISION=precision, SPLIT=split,
         )  # fmt: skip
         self.lengths = "safe" if lengths is None else "len"  # any integers: they are not read
         self.plan = Plan(kinds((q, f, v, lower_bound, lengths, *others)))
@@ -91,7 +96,8 @@ class _Call:
         self.masks = {name: tiles.sum_masks(size, q.device) for name, size in (("mask", chunk), ("mask32", 32))}
 
     def strides(self, name: str, x: Tensor) -> None:
-        self.values |= {f"{name}_stride_{axis}": x.stride(i) for i, axis in enumerate("bth")}
+        b, *p, t, h, _ = x.stride()
+        self.values |= {f"{name}_stride_{axis}": s for axis, s in zip("bpth", (b, *(p or (0,)), t, h), strict=True)}
 
     def add(self, kernel, programs: int, tile: tiles.Kernel, values: dict | None = None, **names: str) -> None:
         values = self.values | dict(BK=tile.bk, BV=tile.bv, STAGES=tile.stages) | (values or {})
@@ -111,7 +117,7 @@ class _Call:
         tile = self.tiles.state
         blocks = self.heads * (self.dim // tile.bk) * (self.dim // tile.bv)
         multiprocessors = _multiprocessors(self.device)
-        values = {f"y_stride_{axis}": self.values[f"{y}_stride_{axis}"] for axis in "bth"} | dict(
+        values = {f"y_stride_{axis}": self.values[f"{y}_stride_{axis}"] for axis in "bpth"} | dict(
             BACKWARD=backward, HAS_INIT=enter != "none", HAS_FINAL=leave != "none", EXACT=x == "qf",
             ACT=0 if backward else self.values["V_ACT"],
         )  # fmt: skip
@@ -146,13 +152,13 @@ class _Call:
         group = max(1, min(16, each * programs // (_SAFE_PROGRAMS * _multiprocessors(self.device))))
         self.add(kernel, _cdiv(each, group) * programs, tile, values | dict(GROUP=group), **names)
 
-    def outputs(self, keep: bool) -> None:
+    def outputs(self, keep: bool, add: bool) -> None:
         tile = self.tiles.out
         programs = self.n_chunks * self.heads * (self.dim // tile.bv)
-        self.add(chunk_out_kernel, programs, tile, dict(keep=int(keep)))
+        self.add(chunk_out_kernel, programs, tile, dict(keep=int(keep), ADD=add))
 
-    def gradients(self, packed: bool, bound: bool) -> None:
-        values = dict(g_stride_t=(3 if packed else 1) * self.heads * self.dim, LB_GRAD=bound)
+    def gradients(self, bound: bool, add: bool) -> None:
+        values = dict(LB_GRAD=bound, ADD=add)
         dlb = "dlb" if bound else "none"
         tile = self.tiles.dv
         self.add(chunk_value_grad_kernel, self.n_chunks * self.heads * (self.dim // tile.bv), tile, values, dlb=dlb)
@@ -202,26 +208,30 @@ def _on_its_device(run):
 
 @_on_its_device
 def forward(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, reverse, output_final_state, q_act, v_act,
-            fast_limit=None, keep=True, exact=False):  # fmt: skip
-    """Outputs `[B, T, H, V]`, the final state `[N, H, K, V]` or None, and what `backward` needs: buffer and table.
+            fast_limit=None, keep=True, exact=False, o=None, add=False, buffer=None):  # fmt: skip
+    """Outputs shaped like v, the final state `[N, H, K, V]` or None, and what `backward` needs: buffer and table.
 
-    keep: a backward will follow; exact: with a gradient for the initial state.
+    keep: a backward will follow; exact: with a gradient for the initial state. o, buffer: room for them, `add`: o holds
+    what the outputs are added to.
     """
-    batch, time, heads, dim = q.shape
+    *lines, time, heads, dim = q.shape
+    batch = math.prod(lines)
+    o = v.new_empty(q.shape) if o is None else o
     documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    options = (documents, reverse, output_final_state, q_act, v_act, fast_limit, keep, exact)
-    key = (*_signature(q, f, v, lower_bound, initial_state, lengths), *options)
+    options = (documents, reverse, output_final_state, q_act, v_act, fast_limit, keep, exact, add)
+    key = (*_signature(q, f, v, lower_bound, initial_state, lengths, o), *options)
     found = _forward_plans.get(key)
     if found is None:
         n_chunks = count_chunks(batch, time, dim, q.dtype, documents)
         call = _Call(
-            q, f, v, lower_bound, lengths, (initial_state,), n_chunks, documents is not None, reverse, q_act, v_act
+            q, f, v, lower_bound, lengths, (initial_state, o), n_chunks, documents is not None, reverse, q_act, v_act
         )  # fmt: skip
+        call.strides("o", o)
         call.factors(keep, exact, fast_limit)
         call.safe_chunks(keep)
         enter, leave = "none" if initial_state is None else "init", "final" if output_final_state else "none"
         call.states("kx", "v", "states", enter, leave, backward=False)
-        call.outputs(keep)
+        call.outputs(keep, add)
         slots = saved_slots(n_chunks, heads, dim, q.dtype, keep, exact)
         found = call.plan, slots, call.scratch, n_chunks, call.masks
         _forward_plans[key] = found
@@ -231,8 +241,7 @@ def forward(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, reverse, o
         table = chunk_table(cu_seqlens, n_chunks, tiles.tiles_for(dim, q.dtype).chunk, reverse)
     if output_final_state:
         final = _boundary(q, batch if documents is None else documents, initial_state, table is not None)
-    o = v.new_empty(q.shape)
-    buffer = q.new_empty(slots.size, dtype=torch.uint8)
+    buffer = q.new_empty(slots.size, dtype=torch.uint8) if buffer is None else buffer
     tensors = dict(
         q=q, f=f, v=v, lb=lower_bound, init=initial_state, final=final, len=lengths, table=table, o=o, **masks
     )  # fmt: skip
@@ -240,62 +249,46 @@ def forward(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, reverse, o
     return o, final, buffer, table
 
 
-def packed_order(q: Tensor, f: Tensor, v: Tensor) -> tuple[int, int, int] | None:
-    """Which slots of one packed `[B, T, 3, H, K]` q, f and v are, or None."""
-    _, time, heads, dim = q.shape
-    row = heads * dim
-    stride = q.stride()
-    if stride != (3 * time * row, 3 * row, dim, 1) or f.stride() != stride or v.stride() != stride:
-        return None
-    at = [x.data_ptr() // q.element_size() for x in (q, f, v)]
-    order = tuple((a - min(at)) // row if (a - min(at)) % row == 0 else -1 for a in at)
-    return order if sorted(order) == [0, 1, 2] else None
-
-
 @_on_its_device
 def backward(do, d_final, q, f, v, lower_bound, lengths, buffer, table, reverse, q_act, v_act, lower_bound_grad,
-             initial_rows: int | None, packed: bool = False):  # fmt: skip
-    """Gradients of q, f, v, lower_bound and the initial state (`initial_rows`); None where not asked.
+             initial_rows: int | None, grads, add=False):  # fmt: skip
+    """Gradients of lower_bound and the initial state (`initial_rows`); None where not asked.
 
-    packed: where q, f and v are slots of one packed projection, their gradients are slots of one tensor, too.
+    grads: dq, df and dv, of the same strides, to be written; `add`: they hold what the gradients are added to.
     """
     exact = initial_rows is not None
-    order = packed_order(q, f, v) if packed else None
-    options = (table is None, reverse, q_act, v_act, lower_bound_grad, exact, order is None, buffer.shape)
-    key = (*_signature(q, f, v, do, lower_bound, d_final, lengths), *options)
+    dq, df, dv = grads
+    options = (table is None, reverse, q_act, v_act, lower_bound_grad, exact, add, buffer.shape)
+    key = (*_signature(q, f, v, do, lower_bound, d_final, lengths, dq), *options)
     found = _backward_plans.get(key)
     if found is None:
-        batch, time, heads, dim = q.shape
-        n_chunks = count_chunks(batch, time, dim, q.dtype, None) if table is None else table.shape[0]
+        *lines, time, heads, dim = q.shape
+        n_chunks = count_chunks(math.prod(lines), time, dim, q.dtype, None) if table is None else table.shape[0]
         call = _Call(
-            q, f, v, lower_bound, lengths, (do, d_final), n_chunks, table is not None, reverse, q_act, v_act
+            q, f, v, lower_bound, lengths, (do, d_final, dq), n_chunks, table is not None, reverse, q_act, v_act
         )  # fmt: skip
         call.strides("do", do)
+        call.strides("g", dq)
         chunk, product = call.tiles.chunk, tiles.product_dtype(q.dtype)
         call.scratch.add("dstates", (n_chunks, heads, dim, dim), product)
         call.scratch.add("da", (n_chunks, heads, chunk, chunk), product)
         call.scratch.add("diag", (n_chunks, heads, chunk), torch.float32)
         enter, leave = "none" if d_final is None else "d_final", "d_initial" if exact else "none"
         call.states("qf" if exact else "qx", "do", "dstates", enter, leave, backward=True)
-        call.gradients(order is not None, lower_bound_grad)
+        call.gradients(lower_bound_grad, add)
         slots = saved_slots(n_chunks, heads, dim, q.dtype, True, exact)
         found = call.plan, slots, call.scratch, n_chunks, call.masks
         _backward_plans[key] = found
     plan, slots, scratch, n_chunks, masks = found
-    heads, dim = q.shape[2:]
+    heads, dim = q.shape[-2:]
     d_initial = dlb = None
     if exact:
         d_initial = _boundary(q, initial_rows, d_final, table is not None)
     if lower_bound_grad:
         dlb = q.new_empty(n_chunks, heads, dim, dtype=torch.float32)
-    if order is None:
-        dq, df, dv = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
-    else:
-        parts = q.new_empty(*q.shape[:2], 3, heads, dim).unbind(2)
-        dq, df, dv = (parts[i] for i in order)
     tensors = dict(
         q=q, f=f, v=v, do=do, lb=lower_bound, d_final=d_final, d_initial=d_initial, len=lengths, table=table,
         dq=dq, df=df, dv=dv, dlb=dlb, **masks,
     )  # fmt: skip
     plan.run(tensors, (slots, buffer), _scratch(q, scratch))
-    return dq, df, dv, None if dlb is None else dlb.sum(0), d_initial
+    return None if dlb is None else dlb.sum(0), d_initial

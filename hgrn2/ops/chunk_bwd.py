@@ -21,15 +21,16 @@ from hgrn2.ops.chunk_common import finite, load_mask, locate, masked_sum, produc
 from hgrn2.ops.gates import activate_grad_tile, activate_tile, fast_reciprocal, gate_tile
 
 
-@triton.jit(do_not_specialize=["T", "NT", "H", "sign", "has_len"])
+@triton.jit(do_not_specialize=["T", "NT", "P", "H", "sign", "has_len"])
 def chunk_value_grad_kernel(
     kx_ptr, v_ptr, do_ptr, a_ptr, dstates_ptr, dv_ptr, da_ptr, diag_ptr, dlb_ptr, table_ptr, len_ptr,
-    v_stride_b, v_stride_t, v_stride_h, do_stride_b, do_stride_t, do_stride_h, g_stride_t,
-    T, NT, H, sign, has_len,
+    v_stride_b, v_stride_p, v_stride_t, v_stride_h, do_stride_b, do_stride_p, do_stride_t, do_stride_h, g_stride_b,
+    g_stride_p, g_stride_t,
+    T, NT, P, H, sign, has_len,
     K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr, LB_GRAD: tl.constexpr,
-    V_ACT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    V_ACT: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dv `[B, T, H, V]` (tokens g_stride_t apart) of one chunk, head and tile of BV value channels.
+    """dv `[B, P, T, H, V]` (ADD: added to what is there) of one chunk, head and tile of BV value channels.
 
     da_ptr `[NC, H, C, C]` and diag_ptr `[NC, H, C]` take the scores' gradient below the diagonal and on it.
     dlb_ptr `[NC, H, K]` is set to 0 for the kernels that follow.
@@ -39,7 +40,7 @@ def chunk_value_grad_kernel(
     i_h = ((pid // (K // BV)) % H).to(tl.int64)
     c = pid // ((K // BV) * H)
     p_ch = c.to(tl.int64) * H + i_h
-    _n, b, t0, rows, _first, _last, length = locate(c, table_ptr, len_ptr, T, NT, sign, has_len, C, VARLEN)
+    _n, b, p, t0, rows, _first, _last, length = locate(c, table_ptr, len_ptr, T, NT, P, sign, has_len, C, VARLEN)
     if LB_GRAD:  # noqa: SIM102 (constants and data kept apart)
         if i_v == 0:
             tl.store(dlb_ptr + p_ch * K + tl.arange(0, K), tl.zeros([K], dtype=tl.float32))
@@ -51,8 +52,9 @@ def chunk_value_grad_kernel(
     o_v = i_v * BV + tl.arange(0, BV)
     i = o_c[:, None]
     j = o_c[None, :]
-    p_v = v_ptr + b * v_stride_b + t64 * v_stride_t + i_h * v_stride_h + o_t[:, None] * v_stride_t
-    p_do = do_ptr + b * do_stride_b + t64 * do_stride_t + i_h * do_stride_h + o_t[:, None] * do_stride_t
+    p_v = v_ptr + b * v_stride_b + p * v_stride_p + t64 * v_stride_t + i_h * v_stride_h + o_t[:, None] * v_stride_t
+    p_do = do_ptr + b * do_stride_b + p * do_stride_p + t64 * do_stride_t + i_h * do_stride_h
+    p_do += o_t[:, None] * do_stride_t
     b_a = tl.load(a_ptr + p_ch * C * C + i * C + j)
     b_do = tl.load(p_do + o_v[None, :], mask=m_real[:, None], other=0.0)
     b_dv = tl.zeros([C, BV], dtype=tl.float32)
@@ -66,7 +68,10 @@ def chunk_value_grad_kernel(
         b_v = tl.load(p_v + o_v[None, :], mask=m_real[:, None], other=0.0).to(tl.float32)
         b_dv *= activate_grad_tile(b_v, V_ACT)
     b_dv = tl.where(m_real[:, None], b_dv, 0.0)
-    p_out = dv_ptr + (b * T + t64) * g_stride_t + i_h * K + o_t[:, None] * g_stride_t + o_v[None, :]
+    p_out = dv_ptr + b * g_stride_b + p * g_stride_p + t64 * g_stride_t + i_h * K
+    p_out += o_t[:, None] * g_stride_t + o_v[None, :]
+    if ADD:
+        b_dv += tl.load(p_out, mask=m_in[:, None], other=0.0).to(tl.float32)
     tl.store(p_out, b_dv.to(dv_ptr.dtype.element_ty), mask=m_in[:, None])
     if i_v == 0:
         b_da = tl.zeros([C, C], dtype=tl.float32)
@@ -117,18 +122,19 @@ def logit_gradient(b_f, gamma, b_dg, b_dk, m_real, HAS_LB: tl.constexpr):
     return tl.where(m_real, b_df, 0.0), b_bound
 
 
-@triton.jit(do_not_specialize=["T", "NT", "H", "sign", "has_len"])
+@triton.jit(do_not_specialize=["T", "NT", "P", "H", "sign", "has_len"])
 def chunk_grad_kernel(
     qx_ptr, kx_ptr, ex_ptr, q_ptr, f_ptr, v_ptr, do_ptr, lb_ptr, mask_ptr, safe_ptr, states_ptr, dstates_ptr,
     da_ptr, diag_ptr, dq_ptr, df_ptr, dlb_ptr, table_ptr, len_ptr,
-    q_stride_b, q_stride_t, q_stride_h, f_stride_b, f_stride_t, f_stride_h, v_stride_b, v_stride_t, v_stride_h,
-    do_stride_b, do_stride_t, do_stride_h, g_stride_t,
-    T, NT, H, sign, has_len,
+    q_stride_b, q_stride_p, q_stride_t, q_stride_h, f_stride_b, f_stride_p, f_stride_t, f_stride_h, v_stride_b,
+    v_stride_p, v_stride_t, v_stride_h, do_stride_b, do_stride_p, do_stride_t, do_stride_h, g_stride_b, g_stride_p,
+    g_stride_t,
+    T, NT, P, H, sign, has_len,
     K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr, HAS_LB: tl.constexpr,
     LB_GRAD: tl.constexpr, Q_ACT: tl.constexpr, V_ACT: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr,
+    ADD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq, df `[B, T, H, K]` (tokens g_stride_t apart) of one fast chunk, head and tile of BK channels.
+    """dq, df `[B, P, T, H, K]` (ADD: added to what is there) of one fast chunk, head and tile of BK channels.
 
     dlb_ptr `[NC, H, K]` takes the chunk's share of d lower_bound.
     """
@@ -139,18 +145,35 @@ def chunk_grad_kernel(
     i_h = ((pid // (K // BK)) % H).to(tl.int64)
     c = pid // ((K // BK) * H)
     p_ch = c.to(tl.int64) * H + i_h
-    _n, b, t0, rows, _first, _last, length = locate(c, table_ptr, len_ptr, T, NT, sign, has_len, C, VARLEN)
+    _n, b, p, t0, rows, _first, _last, length = locate(c, table_ptr, len_ptr, T, NT, P, sign, has_len, C, VARLEN)
     if (rows <= 0) | (tl.load(safe_ptr + p_ch) != 0):
         return
     t64 = t0.to(tl.int64)
     o_t, m_in, m_real = row_masks(t0, rows, length, sign, C)
     o_c = tl.arange(0, C)
     o_k = i_k * BK + tl.arange(0, BK)
-    p_v = v_ptr + b * v_stride_b + t64 * v_stride_t + i_h * v_stride_h + o_t[:, None] * v_stride_t
-    p_do = do_ptr + b * do_stride_b + t64 * do_stride_t + i_h * do_stride_h + o_t[:, None] * do_stride_t
+    p_v = v_ptr + b * v_stride_b + p * v_stride_p + t64 * v_stride_t + i_h * v_stride_h + o_t[:, None] * v_stride_t
+    p_do = do_ptr + b * do_stride_b + p * do_stride_p + t64 * do_stride_t + i_h * do_stride_h
+    p_do += o_t[:, None] * do_stride_t
     p_s = p_ch * K * K + o_k[:, None] * K
-    p_f = f_ptr + b * f_stride_b + t64 * f_stride_t + i_h * f_stride_h + o_t[:, None] * f_stride_t + o_k[None, :]
-    p_q = q_ptr + b * q_stride_b + t64 * q_stride_t + i_h * q_stride_h + o_t[:, None] * q_stride_t + o_k[None, :]
+    p_f = (
+        f_ptr
+        + b * f_stride_b
+        + p * f_stride_p
+        + t64 * f_stride_t
+        + i_h * f_stride_h
+        + o_t[:, None] * f_stride_t
+        + o_k[None, :]
+    )
+    p_q = (
+        q_ptr
+        + b * q_stride_b
+        + p * q_stride_p
+        + t64 * q_stride_t
+        + i_h * q_stride_h
+        + o_t[:, None] * q_stride_t
+        + o_k[None, :]
+    )
     p_tile = p_ch * C * K + o_c[:, None] * K + o_k[None, :]
     # all loads come first, so that they overlap
     b_f = finite(tl.load(p_f, mask=m_real[:, None], other=100.0))
@@ -180,10 +203,14 @@ def chunk_grad_kernel(
     b_dk = (b_dk + b_inner + b_diag * b_qx) * fast_reciprocal(b_e)
     if Q_ACT != 0:
         b_dq *= activate_grad_tile(tl.load(p_q, mask=m_real[:, None], other=0.0).to(tl.float32), Q_ACT)
-    p_out = (b * T + t64) * g_stride_t + i_h * K + o_t[:, None] * g_stride_t + o_k[None, :]
+    p_out = b * g_stride_b + p * g_stride_p + t64 * g_stride_t + i_h * K + o_t[:, None] * g_stride_t + o_k[None, :]
+    if ADD:
+        b_dq += tl.load(dq_ptr + p_out, mask=m_in[:, None], other=0.0).to(tl.float32)
     tl.store(dq_ptr + p_out, b_dq.to(dq_ptr.dtype.element_ty), mask=m_in[:, None])
     b_dg += b_cross[None, :]
     b_df, b_bound = logit_gradient(to_accumulator(b_f, eye), gamma, b_dg, b_dk, m_real[:, None], HAS_LB)
     if LB_GRAD:
         tl.store(dlb_ptr + p_ch * K + o_k, b_bound)
+    if ADD:
+        b_df += tl.load(df_ptr + p_out, mask=m_in[:, None], other=0.0).to(tl.float32)
     tl.store(df_ptr + p_out, b_df.to(df_ptr.dtype.element_ty), mask=m_in[:, None])

@@ -36,9 +36,10 @@ BLOCK_LIMIT = tl.constexpr(13.75)
 
 
 @triton.jit
-def locate(c, table_ptr, len_ptr, T, NT, sign, has_len, C: tl.constexpr, VARLEN: tl.constexpr):
-    """Chunk c: (sequence, batch row, first token, valid rows, opens its sequence, ends it, first token not real).
+def locate(c, table_ptr, len_ptr, T, NT, P, sign, has_len, C: tl.constexpr, VARLEN: tl.constexpr):
+    """Chunk c: (sequence, its b and p, first token, valid rows, opens its sequence, ends it, first token not real).
 
+    Sequences are numbered through `[B, P]`, whose strides are any (a grid's columns: P = X); 1-D batches have P = 1.
     sign is -1 for reverse scans; len_ptr holds the real lengths if has_len is not 0.
     """
     if VARLEN:
@@ -47,18 +48,20 @@ def locate(c, table_ptr, len_ptr, T, NT, sign, has_len, C: tl.constexpr, VARLEN:
         rows = tl.load(table_ptr + c * 4 + 2)
         flags = tl.load(table_ptr + c * 4 + 3)
         b = n * 0
+        p = b
         first = (flags & 1) != 0
         last = (flags & 2) != 0
     else:
         n = c // NT
         i_t = c - n * NT
-        b = n
+        b = n // P
+        p = n - b * P
         rows = tl.minimum(T - i_t * C, C)
         t0 = tl.where(sign < 0, T - 1 - i_t * C, i_t * C)
         first = i_t == 0
         last = i_t == NT - 1
     length = tl.load(len_ptr + n, mask=has_len != 0, other=2147483647)
-    return n, b.to(tl.int64), t0, rows, first, last, length
+    return n, b.to(tl.int64), p.to(tl.int64), t0, rows, first, last, length
 
 
 @triton.jit

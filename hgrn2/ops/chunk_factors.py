@@ -7,11 +7,11 @@ from hgrn2.ops.chunk_common import decay, locate, rounded
 from hgrn2.ops.gates import activate_tile, gate_tile
 
 
-@triton.jit(do_not_specialize=["T", "NT", "H", "sign", "has_len", "keep"])
+@triton.jit(do_not_specialize=["T", "NT", "P", "H", "sign", "has_len", "keep"])
 def chunk_factor_kernel(
     q_ptr, f_ptr, lb_ptr, qx_ptr, kx_ptr, ex_ptr, qf_ptr, total_ptr, safe_ptr, table_ptr, len_ptr,
-    q_stride_b, q_stride_t, q_stride_h, f_stride_b, f_stride_t, f_stride_h,
-    T, NT, H, sign, has_len, keep, fast_limit,
+    q_stride_b, q_stride_p, q_stride_t, q_stride_h, f_stride_b, f_stride_p, f_stride_t, f_stride_h,
+    T, NT, P, H, sign, has_len, keep, fast_limit,
     K: tl.constexpr, BH: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
     VARLEN: tl.constexpr, HAS_LB: tl.constexpr, Q_ACT: tl.constexpr, EXACT: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -24,14 +24,14 @@ def chunk_factor_kernel(
     n_h = (H + BH - 1) // BH
     i_b = tl.program_id(0) % n_h
     c = tl.program_id(0) // n_h
-    _n, b, t0, rows, _first, _last, length = locate(c, table_ptr, len_ptr, T, NT, sign, has_len, C, VARLEN)
+    _n, b, p, t0, rows, _first, _last, length = locate(c, table_ptr, len_ptr, T, NT, P, sign, has_len, C, VARLEN)
     o_n = tl.arange(0, BH * K)
     o_h = (i_b * BH + o_n // K).to(tl.int64)
     o_k = o_n % K
     m_h = o_h < H
     o_c = tl.arange(0, BT)
-    p_q = q_ptr + b * q_stride_b + t0.to(tl.int64) * q_stride_t + (o_h * q_stride_h + o_k)[None, :]
-    p_f = f_ptr + b * f_stride_b + t0.to(tl.int64) * f_stride_t + (o_h * f_stride_h + o_k)[None, :]
+    p_q = q_ptr + b * q_stride_b + p * q_stride_p + t0.to(tl.int64) * q_stride_t + (o_h * q_stride_h + o_k)[None, :]
+    p_f = f_ptr + b * f_stride_b + p * f_stride_p + t0.to(tl.int64) * f_stride_t + (o_h * f_stride_h + o_k)[None, :]
     p_ch = c.to(tl.int64) * H + o_h
     p_x = (p_ch * C * K + o_k)[None, :]
     gamma = tl.load(lb_ptr + o_h * K + o_k, mask=m_h, other=0.0)[None, :] if HAS_LB else 0.0

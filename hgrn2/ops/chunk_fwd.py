@@ -15,11 +15,11 @@ from hgrn2.ops.chunk_common import decay, exact_product, locate, product, row_ma
 from hgrn2.ops.gates import activate_tile
 
 
-@triton.jit(do_not_specialize=["T", "NT", "NC", "H", "L", "sign", "has_len"])
+@triton.jit(do_not_specialize=["T", "NT", "P", "NC", "H", "L", "sign", "has_len"])
 def chunk_state_kernel(
     x_ptr, y_ptr, total_ptr, safe_ptr, init_ptr, final_ptr, states_ptr, seg_ptr, decay_ptr, table_ptr, len_ptr,
-    y_stride_b, y_stride_t, y_stride_h,
-    T, NT, NC, H, L, sign, has_len,
+    y_stride_b, y_stride_p, y_stride_t, y_stride_h,
+    T, NT, P, NC, H, L, sign, has_len,
     K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     BACKWARD: tl.constexpr, MODE: tl.constexpr, VARLEN: tl.constexpr, HAS_INIT: tl.constexpr, HAS_FINAL: tl.constexpr,
     ACT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -54,10 +54,10 @@ def chunk_state_kernel(
         b_s = tl.load(seg_ptr + p_seg)
     for step in tl.range(0, c_end - c_first, num_stages=STAGES):
         c = c_end - 1 - step if BACKWARD else c_first + step
-        n, b, t0, rows, first, last, length = locate(c, table_ptr, len_ptr, T, NT, sign, has_len, C, VARLEN)
+        n, b, p, t0, rows, first, last, length = locate(c, table_ptr, len_ptr, T, NT, P, sign, has_len, C, VARLEN)
         p_ch = c.to(tl.int64) * H + i_h
         o_t, _m_in, m_real = row_masks(t0, rows, length, sign, C)
-        p_y = y_ptr + b * y_stride_b + t0.to(tl.int64) * y_stride_t + i_h * y_stride_h
+        p_y = y_ptr + b * y_stride_b + p * y_stride_p + t0.to(tl.int64) * y_stride_t + i_h * y_stride_h
         b_x = tl.load(x_ptr + p_ch * C * K + o_c[:, None] * K + o_k[None, :])
         b_y = tl.load(p_y + o_t[:, None] * y_stride_t + o_v[None, :], mask=m_real[:, None], other=0.0)
         b_total = tl.load(total_ptr + p_ch * K + o_k)
@@ -122,15 +122,15 @@ def carry_kernel(seg_ptr, decay_ptr, H, N_SEG, K: tl.constexpr, BK: tl.constexpr
         i_s = i_n
 
 
-@triton.jit(do_not_specialize=["T", "NT", "H", "sign", "has_len", "keep"])
+@triton.jit(do_not_specialize=["T", "NT", "P", "H", "sign", "has_len", "keep"])
 def chunk_out_kernel(
     qx_ptr, kx_ptr, v_ptr, safe_ptr, states_ptr, a_ptr, o_ptr, table_ptr, len_ptr,
-    v_stride_b, v_stride_t, v_stride_h,
-    T, NT, H, sign, has_len, keep,
+    v_stride_b, v_stride_p, v_stride_t, v_stride_h, o_stride_b, o_stride_p, o_stride_t,
+    T, NT, P, H, sign, has_len, keep,
     K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr, V_ACT: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    ADD: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Outputs `[B, T, H, V]` (contiguous) of one chunk, head and tile of BV value channels.
+    """Outputs `[B, P, T, H, V]` (ADD: added to what is there) of one chunk, head and tile of BV value channels.
 
     Scores a_ptr `[NC, H, C, C]`: read where safe, else written for the backward, unless keep is 0.
     """
@@ -139,7 +139,7 @@ def chunk_out_kernel(
     i_h = ((pid // (K // BV)) % H).to(tl.int64)
     c = pid // ((K // BV) * H)
     p_ch = c.to(tl.int64) * H + i_h
-    _n, b, t0, rows, _first, _last, length = locate(c, table_ptr, len_ptr, T, NT, sign, has_len, C, VARLEN)
+    _n, b, p, t0, rows, _first, _last, length = locate(c, table_ptr, len_ptr, T, NT, P, sign, has_len, C, VARLEN)
     if rows <= 0:
         return
     safe = tl.load(safe_ptr + p_ch) != 0
@@ -150,7 +150,7 @@ def chunk_out_kernel(
     i = o_c[:, None]
     j = o_c[None, :]
     p_tile = p_ch * C * K + o_c[:, None] * K
-    p_v = v_ptr + b * v_stride_b + t64 * v_stride_t + i_h * v_stride_h + o_t[:, None] * v_stride_t
+    p_v = v_ptr + b * v_stride_b + p * v_stride_p + t64 * v_stride_t + i_h * v_stride_h + o_t[:, None] * v_stride_t
     b_o = tl.zeros([C, BV], dtype=tl.float32)
     b_a = tl.zeros([C, C], dtype=tl.float32)
     for k0 in tl.range(0, K, BK, num_stages=STAGES):
@@ -170,5 +170,8 @@ def chunk_out_kernel(
     if V_ACT != 0:
         b_v = tl.where(m_real[:, None], activate_tile(b_v.to(tl.float32), V_ACT), 0.0)
     b_o = product(b_a, b_v, b_o, PRECISION)
-    p_o = o_ptr + ((b * T + t64) * H + i_h) * K + o_t[:, None] * (H * K) + o_v[None, :]
+    p_o = o_ptr + b * o_stride_b + p * o_stride_p + t64 * o_stride_t + i_h * K
+    p_o += o_t[:, None] * o_stride_t + o_v[None, :]
+    if ADD:
+        b_o += tl.load(p_o, mask=m_in[:, None], other=0.0).to(tl.float32)
     tl.store(p_o, b_o.to(o_ptr.dtype.element_ty), mask=m_in[:, None])

@@ -77,11 +77,11 @@ def any_safe(safe_ptr, first, until):
     return tl.max(tl.load(safe_ptr + o_n, mask=o_n < until, other=0)) > 0
 
 
-@triton.jit(do_not_specialize=["T", "NT", "NC", "H", "GROUP", "sign", "has_len", "keep"])
+@triton.jit(do_not_specialize=["T", "NT", "P", "NC", "H", "GROUP", "sign", "has_len", "keep"])
 def chunk_score_kernel(
     q_ptr, f_ptr, lb_ptr, mask_ptr, safe_ptr, kx_ptr, x_ptr, a_ptr, table_ptr, len_ptr,
-    q_stride_b, q_stride_t, q_stride_h, f_stride_b, f_stride_t, f_stride_h,
-    T, NT, NC, H, GROUP, sign, has_len, keep,
+    q_stride_b, q_stride_p, q_stride_t, q_stride_h, f_stride_b, f_stride_p, f_stride_t, f_stride_h,
+    T, NT, P, NC, H, GROUP, sign, has_len, keep,
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, VARLEN: tl.constexpr,
     HAS_LB: tl.constexpr, Q_ACT: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -95,17 +95,17 @@ def chunk_score_kernel(
         flag = tl.load(safe_ptr + pid)
         if flag != 0:
             _scores(
-                q_ptr, f_ptr, lb_ptr, mask_ptr, kx_ptr, x_ptr, a_ptr, table_ptr, len_ptr, q_stride_b, q_stride_t,
-                q_stride_h, f_stride_b, f_stride_t, f_stride_h, T, NT, H, sign, has_len, keep, pid, flag - 1, K, BK, C,
-                SUB, VARLEN, HAS_LB, Q_ACT, PRECISION, SPLIT,
+                q_ptr, f_ptr, lb_ptr, mask_ptr, kx_ptr, x_ptr, a_ptr, table_ptr, len_ptr, q_stride_b, q_stride_p,
+                q_stride_t, q_stride_h, f_stride_b, f_stride_p, f_stride_t, f_stride_h, T, NT, P, H, sign, has_len,
+                keep, pid, flag - 1, K, BK, C, SUB, VARLEN, HAS_LB, Q_ACT, PRECISION, SPLIT,
             )  # fmt: skip
 
 
 @triton.jit
 def _scores(
     q_ptr, f_ptr, lb_ptr, mask_ptr, kx_ptr, x_ptr, a_ptr, table_ptr, len_ptr,
-    q_stride_b, q_stride_t, q_stride_h, f_stride_b, f_stride_t, f_stride_h,
-    T, NT, H, sign, has_len, keep, pid, zero_,
+    q_stride_b, q_stride_p, q_stride_t, q_stride_h, f_stride_b, f_stride_p, f_stride_t, f_stride_h,
+    T, NT, P, H, sign, has_len, keep, pid, zero_,
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, VARLEN: tl.constexpr,
     HAS_LB: tl.constexpr, Q_ACT: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +115,7 @@ def _scores(
     i_h = (pid % H).to(tl.int64)
     c = pid // H
     p_ch = c.to(tl.int64) * H + i_h
-    _n, b, t0, rows, _first, _last, length = locate(c, table_ptr, len_ptr, T, NT, sign, has_len, C, VARLEN)
+    _n, b, p, t0, rows, _first, _last, length = locate(c, table_ptr, len_ptr, T, NT, P, sign, has_len, C, VARLEN)
     t64 = t0.to(tl.int64)
     EXACT: tl.constexpr = PRECISION == "tf32x3" or PRECISION == "ieee"
     o_m = tl.arange(0, M)
@@ -126,11 +126,13 @@ def _scores(
     b_first = tl.zeros([M, M], dtype=tl.float32)
     b_second = tl.zeros([M, M], dtype=tl.float32)
     b_across = tl.zeros([M, M], dtype=tl.float32)
+    q_ptr += b * q_stride_b + p * q_stride_p + t64 * q_stride_t + i_h * q_stride_h
+    f_ptr += b * f_stride_b + p * f_stride_p + t64 * f_stride_t + i_h * f_stride_h
     for k0 in tl.range(0, K, BK, num_stages=1):
         o_k = k0 + tl.arange(0, BK)
         gamma = tl.load(lb_ptr + i_h * K + o_k)[None, :] if HAS_LB else 0.0
-        p_q = q_ptr + b * q_stride_b + t64 * q_stride_t + i_h * q_stride_h + o_k[None, :]
-        p_f = f_ptr + b * f_stride_b + t64 * f_stride_t + i_h * f_stride_h + o_k[None, :]
+        p_q = q_ptr + o_k[None, :]
+        p_f = f_ptr + o_k[None, :]
         p_x = p_ch * C * K + i * K + o_k[None, :]
         b_rest = tl.zeros([BK], dtype=tl.float32)
         if C > M:

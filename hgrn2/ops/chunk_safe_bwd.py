@@ -46,16 +46,17 @@ def _share_of_othergated_half(
     return tl.sum(tl.load(p_x).to(tl.float32) * b_acc, axis=0)
 
 
-@triton.jit(do_not_specialize=["T", "NT", "NC", "H", "GROUP", "sign", "has_len"])
+@triton.jit(do_not_specialize=["T", "NT", "P", "NC", "H", "GROUP", "sign", "has_len"])
 def chunk_safe_grad_kernel(
     qx_ptr, kx_ptr, x_ptr, q_ptr, f_ptr, v_ptr, do_ptr, lb_ptr, mask_ptr, total_ptr, safe_ptr, states_ptr, dstates_ptr,
     da_ptr, diag_ptr, dq_ptr, df_ptr, dlb_ptr, table_ptr, len_ptr,
-    q_stride_b, q_stride_t, q_stride_h, f_stride_b, f_stride_t, f_stride_h, v_stride_b, v_stride_t, v_stride_h,
-    do_stride_b, do_stride_t, do_stride_h, g_stride_t,
-    T, NT, NC, H, GROUP, sign, has_len,
+    q_stride_b, q_stride_p, q_stride_t, q_stride_h, f_stride_b, f_stride_p, f_stride_t, f_stride_h, v_stride_b,
+    v_stride_p, v_stride_t, v_stride_h, do_stride_b, do_stride_p, do_stride_t, do_stride_h, g_stride_b, g_stride_p,
+    g_stride_t,
+    T, NT, P, NC, H, GROUP, sign, has_len,
     K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, VARLEN: tl.constexpr,
     HAS_LB: tl.constexpr, LB_GRAD: tl.constexpr, Q_ACT: tl.constexpr, V_ACT: tl.constexpr, PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    SPLIT: tl.constexpr, ADD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`chunk_grad_kernel` for half a chunk, of safe ones among GROUP chunks and heads; dlb_ptr has to hold zeros."""
     pid = tl.program_id(0)
@@ -70,10 +71,11 @@ def chunk_safe_grad_kernel(
         if flag != 0:
             _safe_gradients(
                 qx_ptr, kx_ptr, x_ptr, q_ptr, f_ptr, v_ptr, do_ptr, lb_ptr, mask_ptr, total_ptr, states_ptr,
-                dstates_ptr, da_ptr, diag_ptr, dq_ptr, df_ptr, dlb_ptr, table_ptr, len_ptr, q_stride_b, q_stride_t,
-                q_stride_h, f_stride_b, f_stride_t, f_stride_h, v_stride_b, v_stride_t, v_stride_h, do_stride_b,
-                do_stride_t, do_stride_h, g_stride_t, T, NT, H, sign, has_len, n, flag - 1, half, i_k, K, BK, BV, C,
-                SUB, VARLEN, HAS_LB, LB_GRAD, Q_ACT, V_ACT, PRECISION, SPLIT, STAGES,
+                dstates_ptr, da_ptr, diag_ptr, dq_ptr, df_ptr, dlb_ptr, table_ptr, len_ptr, q_stride_b, q_stride_p,
+                q_stride_t, q_stride_h, f_stride_b, f_stride_p, f_stride_t, f_stride_h, v_stride_b, v_stride_p,
+                v_stride_t, v_stride_h, do_stride_b, do_stride_p, do_stride_t, do_stride_h, g_stride_b, g_stride_p,
+                g_stride_t, T, NT, P, H, sign, has_len, n, flag - 1, half, i_k, K, BK, BV, C, SUB, VARLEN, HAS_LB,
+                LB_GRAD, Q_ACT, V_ACT, PRECISION, SPLIT, ADD, STAGES,
             )  # fmt: skip
 
 
@@ -81,12 +83,13 @@ def chunk_safe_grad_kernel(
 def _safe_gradients(
     qx_ptr, kx_ptr, x_ptr, q_ptr, f_ptr, v_ptr, do_ptr, lb_ptr, mask_ptr, total_ptr, states_ptr, dstates_ptr,
     da_ptr, diag_ptr, dq_ptr, df_ptr, dlb_ptr, table_ptr, len_ptr,
-    q_stride_b, q_stride_t, q_stride_h, f_stride_b, f_stride_t, f_stride_h, v_stride_b, v_stride_t, v_stride_h,
-    do_stride_b, do_stride_t, do_stride_h, g_stride_t,
-    T, NT, H, sign, has_len, pid, zero_, half, i_k,
+    q_stride_b, q_stride_p, q_stride_t, q_stride_h, f_stride_b, f_stride_p, f_stride_t, f_stride_h, v_stride_b,
+    v_stride_p, v_stride_t, v_stride_h, do_stride_b, do_stride_p, do_stride_t, do_stride_h, g_stride_b, g_stride_p,
+    g_stride_t,
+    T, NT, P, H, sign, has_len, pid, zero_, half, i_k,
     K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, VARLEN: tl.constexpr,
     HAS_LB: tl.constexpr, LB_GRAD: tl.constexpr, Q_ACT: tl.constexpr, V_ACT: tl.constexpr, PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    SPLIT: tl.constexpr, ADD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     SUM_SPLIT: tl.constexpr = 1 if PRECISION == "bf16" else SPLIT
     EXACT: tl.constexpr = PRECISION == "tf32x3" or PRECISION == "ieee"
@@ -96,7 +99,7 @@ def _safe_gradients(
     i_h = (pid % H).to(tl.int64)
     c = pid // H
     p_ch = c.to(tl.int64) * H + i_h
-    _n, b, t0, rows, _first, _last, length = locate(c, table_ptr, len_ptr, T, NT, sign, has_len, C, VARLEN)
+    _n, b, p, t0, rows, _first, _last, length = locate(c, table_ptr, len_ptr, T, NT, P, sign, has_len, C, VARLEN)
     t64 = t0.to(tl.int64)
     o_m = tl.arange(0, M) + zero_
     i = o_m[:, None]
@@ -106,11 +109,11 @@ def _safe_gradients(
     m_in = (o_r < rows)[:, None]
     m_real = m_in & (t0 + o_t < length)[:, None]
     o_k = i_k * BK + tl.arange(0, BK)
-    p_v = v_ptr + b * v_stride_b + t64 * v_stride_t + i_h * v_stride_h
-    p_do = do_ptr + b * do_stride_b + t64 * do_stride_t + i_h * do_stride_h
+    p_v = v_ptr + b * v_stride_b + p * v_stride_p + t64 * v_stride_t + i_h * v_stride_h
+    p_do = do_ptr + b * do_stride_b + p * do_stride_p + t64 * do_stride_t + i_h * do_stride_h
     p_s = p_ch * K * K + o_k[:, None] * K
-    p_f = f_ptr + b * f_stride_b + t64 * f_stride_t + i_h * f_stride_h + o_k[None, :]
-    p_q = q_ptr + b * q_stride_b + t64 * q_stride_t + i_h * q_stride_h + o_k[None, :]
+    p_f = f_ptr + b * f_stride_b + p * f_stride_p + t64 * f_stride_t + i_h * f_stride_h + o_k[None, :]
+    p_q = q_ptr + b * q_stride_b + p * q_stride_p + t64 * q_stride_t + i_h * q_stride_h + o_k[None, :]
     p_da = da_ptr + p_ch * C * C
     gamma = tl.load(lb_ptr + i_h * K + o_k)[None, :] if HAS_LB else 0.0
     b_da = tl.load(p_da + half * (M * C + M) + i * C + j)
@@ -193,11 +196,15 @@ def _safe_gradients(
     if Q_ACT != 0:
         b_raw = tl.load(p_q + o_t[:, None] * q_stride_t, mask=m_real, other=0.0)
         b_dq *= activate_grad_tile(b_raw.to(tl.float32), Q_ACT)
-    p_out = (b * T + t64) * g_stride_t + i_h * K + o_t[:, None] * g_stride_t + o_k[None, :]
+    p_out = b * g_stride_b + p * g_stride_p + t64 * g_stride_t + i_h * K + o_t[:, None] * g_stride_t + o_k[None, :]
+    if ADD:
+        b_dq += tl.load(dq_ptr + p_out, mask=m_in, other=0.0).to(tl.float32)
     tl.store(dq_ptr + p_out, b_dq.to(dq_ptr.dtype.element_ty), mask=m_in)
     # loaded once more: these gates would take registers all along
     b_f = finite(tl.load(p_f + o_t[:, None] * f_stride_t, mask=m_real, other=100.0))
     b_df, b_bound = logit_gradient(to_accumulator(b_f, eye), gamma, b_dg, b_dk, m_real, HAS_LB)
     if LB_GRAD:  # of two terms, so that their order does not matter
         tl.atomic_add(dlb_ptr + p_ch * K + o_k, b_bound, sem="relaxed")
+    if ADD:
+        b_df += tl.load(df_ptr + p_out, mask=m_in, other=0.0).to(tl.float32)
     tl.store(df_ptr + p_out, b_df.to(df_ptr.dtype.element_ty), mask=m_in)

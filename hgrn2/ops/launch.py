@@ -23,8 +23,8 @@ def kinds(tensors: tuple[Tensor | None, ...]) -> tuple:
         if x is None:
             found.append(None)
         else:
-            found += [x.dtype, x.data_ptr() % 16 == 0]
-            found += [(s % 16 == 0, s == 1, s > 0x7FFFFFFF) for s in x.stride()[:3]]
+            found += [x.dtype, x.data_ptr() % 16 == 0, x.dim()]
+            found += [(s % 16 == 0, s == 1, s > 0x7FFFFFFF) for s in x.stride()[:4]]
     return tuple(found)
 
 

@@ -12,7 +12,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from hgrn2.ops import tiles
+from hgrn2.ops import directions, tiles
+from hgrn2.ops.directions import DIRECTIONS
 from hgrn2.ops.gates import ACTIVATIONS, triton
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -20,12 +21,12 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LIBRARY = torch.library.Library("hgrn2", "FRAGMENT")
 _LIBRARY.define(
     "chunk_scan(Tensor q, Tensor f, Tensor v, Tensor? lower_bound, Tensor? initial_state, Tensor? lengths, "
-    "Tensor? cu_seqlens, bool reverse, bool output_final_state, int q_act, int v_act, float? fast_limit, "
+    "Tensor? cu_seqlens, int direction, bool output_final_state, int q_act, int v_act, float? fast_limit, "
     "bool initial_grad) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
     "chunk_scan_backward(Tensor do, Tensor? d_final, Tensor q, Tensor f, Tensor v, Tensor? lower_bound, "
-    "Tensor? lengths, Tensor saved, Tensor table, bool reverse, int q_act, int v_act, bool lower_bound_grad, "
+    "Tensor? lengths, Tensor saved, Tensor table, int direction, int q_act, int v_act, bool lower_bound_grad, "
     "int initial_rows) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -41,13 +42,11 @@ def _int32(x: Tensor | None) -> Tensor | None:
 
 def _scan(
     q, f, v, lower_bound, initial_state, lengths, cu_seqlens,
-    reverse, output_final_state, q_act, v_act, fast_limit, initial_grad,
+    direction, output_final_state, q_act, v_act, fast_limit, initial_grad,
 ):  # fmt: skip
-    from hgrn2.ops import chunk  # needs Triton
-
-    o, final, saved, table = chunk.forward(
+    o, final, saved, table = directions.forward(
         _rows(q), _rows(f), _rows(v), lower_bound, initial_state, _int32(lengths), cu_seqlens,
-        reverse, output_final_state, q_act, v_act, fast_limit, exact=initial_grad,
+        DIRECTIONS[direction], output_final_state, q_act, v_act, fast_limit, exact=initial_grad,
     )  # fmt: skip
     final = q.new_empty(0, dtype=torch.float32) if final is None else final
     return o, final, saved, q.new_empty((0, 4), dtype=torch.int32) if table is None else table
@@ -55,29 +54,28 @@ def _scan(
 
 def _scan_fake(
     q, f, v, lower_bound, initial_state, lengths, cu_seqlens,
-    reverse, output_final_state, q_act, v_act, fast_limit, initial_grad,
+    direction, output_final_state, q_act, v_act, fast_limit, initial_grad,
 ):  # fmt: skip
-    from hgrn2.ops.chunk import count_chunks, saved_slots
+    from hgrn2.ops.chunk import count_chunks
 
-    batch, time, heads, dim = q.shape
+    heads, dim = q.shape[-2:]
     documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    chunks = count_chunks(batch, time, dim, q.dtype, documents)
-    rows = batch if documents is None else documents
+    packed = None if documents is None else count_chunks(1, q.shape[1], dim, q.dtype, documents)
+    chunks, at = directions.layout(q.shape, q.dtype, DIRECTIONS[direction], packed, True, initial_grad)
+    rows = q.shape[0] if documents is None else documents
     final = q.new_empty((rows, heads, dim, dim) if output_final_state else (0,), dtype=torch.float32)
-    saved = q.new_empty(saved_slots(chunks, heads, dim, q.dtype, True, initial_grad).size, dtype=torch.uint8)
-    table = q.new_empty((0 if documents is None else chunks, 4), dtype=torch.int32)
-    return q.new_empty(q.shape), final, saved, table
+    table = q.new_empty((0 if documents is None else sum(chunks), 4), dtype=torch.int32)
+    return q.new_empty(q.shape), final, q.new_empty(at[-1], dtype=torch.uint8), table
 
 
 def _scan_backward(
-    do, d_final, q, f, v, lower_bound, lengths, saved, table, reverse, q_act, v_act, lower_bound_grad, initial_rows
+    do, d_final, q, f, v, lower_bound, lengths, saved, table, direction, q_act, v_act, lower_bound_grad,
+    initial_rows,
 ):  # fmt: skip
-    from hgrn2.ops import chunk
-
     d_final = None if d_final is None else d_final.contiguous()
-    dq, df, dv, d_bound, d_initial = chunk.backward(
+    dq, df, dv, d_bound, d_initial = directions.backward(
         _rows(do), d_final, _rows(q), _rows(f), _rows(v), lower_bound, _int32(lengths), saved,
-        table if table.shape[0] else None, reverse, q_act, v_act, lower_bound_grad,
+        table if table.shape[0] else None, DIRECTIONS[direction], q_act, v_act, lower_bound_grad,
         initial_rows if initial_rows >= 0 else None,
     )  # fmt: skip
     empty = functools.partial(q.new_empty, 0, dtype=torch.float32)
@@ -85,19 +83,20 @@ def _scan_backward(
 
 
 def _scan_backward_fake(
-    do, d_final, q, f, v, lower_bound, lengths, saved, table, reverse, q_act, v_act, lower_bound_grad, initial_rows
+    do, d_final, q, f, v, lower_bound, lengths, saved, table, direction, q_act, v_act, lower_bound_grad,
+    initial_rows,
 ):  # fmt: skip
-    heads, dim = q.shape[2:]
+    heads, dim = q.shape[-2:]
     d_bound = q.new_empty((heads, dim) if lower_bound_grad else (0,), dtype=torch.float32)
     d_initial = q.new_empty((initial_rows, heads, dim, dim) if initial_rows >= 0 else (0,), dtype=torch.float32)
     return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), d_bound, d_initial
 
 
 def _save(ctx, inputs, output) -> None:
-    q, f, v, lower_bound, initial_state, lengths, _, reverse, ctx.has_final, q_act, v_act, _, initial_grad = inputs
+    q, f, v, lower_bound, initial_state, lengths, _, direction, ctx.has_final, q_act, v_act, _, initial_grad = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, f, v, lower_bound, lengths, *output[2:])
-    ctx.options = (reverse, q_act, v_act)
+    ctx.options = (direction, q_act, v_act)
     ctx.initial_rows = initial_state.shape[0] if initial_grad else -1
 
 
@@ -123,25 +122,21 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, q, f, v, lower_bound, initial_state, lengths, cu_seqlens,
-        reverse, output_final_state, q_act, v_act, fast_limit,
+        direction, output_final_state, q_act, v_act, fast_limit,
     ):  # fmt: skip
-        from hgrn2.ops import chunk
-
         q, f, v, lengths = _rows(q), _rows(f), _rows(v), _int32(lengths)
-        o, final, saved, table = chunk.forward(
-            q, f, v, lower_bound, initial_state, lengths, cu_seqlens,
-            reverse, output_final_state, q_act, v_act, fast_limit, any(ctx.needs_input_grad), ctx.needs_input_grad[4],
+        o, final, saved, table = directions.forward(
+            q, f, v, lower_bound, initial_state, lengths, cu_seqlens, DIRECTIONS[direction], output_final_state,
+            q_act, v_act, fast_limit, any(ctx.needs_input_grad), ctx.needs_input_grad[4],
         )  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, f, v, lower_bound, lengths, saved, table)
-        ctx.options = (reverse, q_act, v_act)
+        ctx.options = (direction, q_act, v_act)
         ctx.initial_rows = initial_state.shape[0] if ctx.needs_input_grad[4] else None
         return o, final
 
     @staticmethod
     def backward(ctx, do, d_final):
-        from hgrn2.ops import chunk
-
         if do is None and d_final is None:
             return (None,) * 12
         q, f, v, lower_bound, lengths, saved, table = ctx.saved_tensors
@@ -155,9 +150,10 @@ class _Eager(torch.autograd.Function):
             )  # fmt: skip
             grads += [d_bound if ctx.needs_input_grad[3] else None, d_initial if rows >= 0 else None]
             return *grads, *(None,) * 7
-        grads = chunk.backward(
-            do, d_final, q, f, v, lower_bound, lengths, saved, table,
-            *ctx.options, ctx.needs_input_grad[3], ctx.initial_rows, packed=True,
+        direction, *acts = ctx.options
+        grads = directions.backward(
+            do, d_final, q, f, v, lower_bound, lengths, saved, table, DIRECTIONS[direction], *acts,
+            ctx.needs_input_grad[3], ctx.initial_rows, packed=True,
         )  # fmt: skip
         return *grads, *(None,) * 7
 
@@ -230,6 +226,7 @@ def triton_scan(
     v: Tensor,
     lower_bound: Tensor | None = None,
     *,
+    direction: str | None = None,
     reverse: bool = False,
     initial_state: Tensor | None = None,
     output_final_state: bool = True,
@@ -239,19 +236,22 @@ def triton_scan(
     v_act: str | None = None,
     fast_limit: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """One direction of the scan on Triton, arguments as `hgrn2.ops.hgrn2_scan`; head dims 16 to 256.
+    """The scan on Triton, arguments as `hgrn2.ops.hgrn2_scan`; head dims 16 to 256.
 
+    direction: by default what `reverse` says. For q, f, v `[B, Y, X, H, K]`: "2d", the four scans of `hgrn2_scan_2d`,
+    or "rows" or "columns", the two along X or along Y.
     fast_limit: where chunks switch to safe scores (see `chunk_common`), for tests; negative sends all there.
 
     Returns:
-        o `[B, T, H, V]` in the dtype of q, and the final state `[N, H, K, V]` fp32, or None where not asked for.
+        o shaped and typed like q, and the final state `[N, H, K, V]` fp32, or None where not asked for.
     """
     if lower_bound is not None:
         lower_bound = lower_bound.float().contiguous()
     if initial_state is not None:
         initial_state = initial_state.float().contiguous()
+    number = int(reverse) if direction is None else DIRECTIONS.index(direction)
     args = (
-        q, f, v, lower_bound, initial_state, lengths, cu_seqlens, reverse, output_final_state,
+        q, f, v, lower_bound, initial_state, lengths, cu_seqlens, number, output_final_state,
         ACTIVATIONS.index(q_act), ACTIVATIONS.index(v_act), fast_limit,
     )  # fmt: skip
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():

@@ -33,17 +33,13 @@ _forward_plans, _backward_plans = Plans(), Plans()
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The scan's direction (flip: reverse; both: and the opposite; grid: along X and along Y) and activations."""
+    """The scan's direction (flip: reverse; both: and the opposite), axes (2: along X, 1: along Y) and activations."""
 
     flip: bool
     both: bool
-    grid: bool
+    axes: tuple[int, ...]
     q_act: int
     v_act: int
-
-    @property
-    def axes(self) -> tuple[int, ...]:
-        return (2, 1) if self.grid else (2,)
 
 
 def segment_length(lines: int, time: int, heads: int, dim: int, device: torch.device, stride: int) -> int:

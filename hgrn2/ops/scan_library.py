@@ -6,10 +6,9 @@ Shapes: B batch, T time, Y and X rows and columns of a grid, H heads, K = V head
 import torch
 from torch import Tensor
 
+from hgrn2.ops.directions import DIRECTIONS
 from hgrn2.ops.gates import ACTIVATIONS
 from hgrn2.ops.library import _LIBRARY, _int32, _no_second_derivative, _no_vmap
-
-DIRECTIONS = ("forward", "reverse", "both", "2d")
 
 _LIBRARY.define(
     "lane_scan(Tensor q, Tensor f, Tensor v, Tensor? lower_bound, Tensor? initial_state, Tensor? lengths, "
@@ -29,11 +28,18 @@ def _grid(x: Tensor) -> Tensor:
     return vectors(x if x.dim() == 5 else x.unsqueeze(1))
 
 
+def _options(direction: int, q_act: int, v_act: int):
+    from hgrn2.ops.scan import Options
+
+    name = DIRECTIONS[direction]
+    axes = {"2d": (2, 1), "columns": (1,)}.get(name, (2,))
+    return Options(name == "reverse", name not in ("forward", "reverse"), axes, q_act, v_act)
+
+
 def _run(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, direction, output_final_state, q_act, v_act):
     from hgrn2.ops import scan  # needs Triton
 
-    name = DIRECTIONS[direction]
-    options = scan.Options(name == "reverse", name in ("both", "2d"), name == "2d", q_act, v_act)
+    options = _options(direction, q_act, v_act)
     o, final, kept = scan.forward(
         _grid(q), _grid(f), _grid(v), lower_bound, initial_state, _int32(lengths), _int32(cu_seqlens), options,
         output_final_state,
@@ -47,8 +53,7 @@ def _run_backward(
 ):  # fmt: skip
     from hgrn2.ops import scan
 
-    name = DIRECTIONS[direction]
-    options = scan.Options(name == "reverse", name in ("both", "2d"), name == "2d", q_act, v_act)
+    options = _options(direction, q_act, v_act)
     *grads, d_bound, d_initial = scan.backward(
         _grid(q), _grid(f), _grid(v), _grid(do), d_final, lower_bound, initial_state, _int32(lengths),
         _int32(cu_seqlens), options, kept, lower_bound_grad, initial_state_grad, packed,
@@ -161,7 +166,8 @@ def lane_scan(
 ) -> tuple[Tensor, Tensor | None]:
     """The scan on Triton for head dims 1 to 8, arguments as `hgrn2.ops.hgrn2_scan`.
 
-    direction: also "2d", for q, f, v `[B, Y, X, H, K]`: the four scans of `hgrn2_scan_2d`.
+    direction: for q, f, v `[B, Y, X, H, K]`: "2d", the four scans of `hgrn2_scan_2d`, or "rows" or "columns", the two
+        along X or along Y.
 
     Returns:
         o shaped and typed like q, and the final state `[N, H, K, V]` fp32, or None where not asked for.

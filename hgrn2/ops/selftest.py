@@ -110,7 +110,7 @@ def _run(index: int, dim: int, dtype: torch.dtype, lower_bound: bool, direction:
             if dim in SMALL_HEAD_DIMS:
                 kinds = {"scan": functools.partial(lane_scan, direction=direction)}
             else:
-                one = functools.partial(triton_scan, reverse=direction == "reverse", output_final_state=False)
+                one = functools.partial(triton_scan, direction=direction, output_final_state=False)
                 kinds = {
                     "fast": functools.partial(one, fast_limit=1e9),
                     "safe": functools.partial(one, fast_limit=-1.0),

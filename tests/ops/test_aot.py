@@ -24,7 +24,7 @@ FP32 = {
 INT32 = {"safe_ptr", "table_ptr", "len_ptr"}
 PRODUCT = {"qx_ptr", "kx_ptr", "ex_ptr", "x_ptr", "states_ptr", "dstates_ptr", "a_ptr", "da_ptr"}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-KERNELS = 12
+KERNELS = 16
 
 
 def variants(dim: int, dtype: torch.dtype):
@@ -55,10 +55,11 @@ def variants(dim: int, dtype: torch.dtype):
                 constants = dict(MODE=mode, BACKWARD=backward, EXACT=exact)
                 yield variant(f"state{mode}{label}", chunk_fwd.chunk_state_kernel, cfg.state, absent, **constants)
     yield variant("score", chunk_safe.chunk_score_kernel, cfg.score)
-    yield variant("out", chunk_fwd.chunk_out_kernel, cfg.out)
-    yield variant("value_grad", chunk_bwd.chunk_value_grad_kernel, cfg.dv)
-    yield variant("grad", chunk_bwd.chunk_grad_kernel, cfg.grad)
-    yield variant("safe_grad", chunk_safe_bwd.chunk_safe_grad_kernel, cfg.safe_grad)
+    for label, add in (("", False), ("_add", True)):
+        yield variant(f"out{label}", chunk_fwd.chunk_out_kernel, cfg.out, ADD=add)
+        yield variant(f"value_grad{label}", chunk_bwd.chunk_value_grad_kernel, cfg.dv, ADD=add)
+        yield variant(f"grad{label}", chunk_bwd.chunk_grad_kernel, cfg.grad, ADD=add)
+        yield variant(f"safe_grad{label}", chunk_safe_bwd.chunk_safe_grad_kernel, cfg.safe_grad, ADD=add)
 
 
 def compile_for(capability: int, kernel, dtype: torch.dtype, constants: dict, absent: list, options: dict) -> dict:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from hgrn2.ops import hgrn2_scan
+from hgrn2.ops import grid_scan, hgrn2_scan, hgrn2_scan_2d
 from hgrn2.ops.reference import recurrent_scan
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -114,6 +114,40 @@ def test_documents(dim, direction):
     truth = run(hgrn2_scan, inputs, d_out, d_final, torch.float64, impl="torch", **options)
     got = run(hgrn2_scan, inputs, d_out, d_final, BF16, impl="triton", **options)
     assert all(e < 1e-2 for e in errors(got, truth).values()), errors(got, truth)
+
+
+@pytest.mark.parametrize("size", [(1, 300), (32, 32), (7, 33), (150, 3)])
+@pytest.mark.parametrize("dim", [32, 128])
+@pytest.mark.parametrize("direction", ["2d", "rows", "columns"])
+def test_grid(direction, dim, size):
+    packed = torch.randn(2, *size, 3, 3, dim, device="cuda").to(BF16)
+    gamma = 0.5 * torch.rand(3, dim, device="cuda")
+    d_out = torch.randn(2, *size, 3, dim, device="cuda")
+
+    def call(impl, dtype):
+        whole = packed.detach().to(dtype).requires_grad_()
+        bound = gamma.detach().to(torch.float64 if dtype == torch.float64 else FP32).requires_grad_()
+        o = grid_scan(*whole.unbind(3), bound, direction, q_act="silu", v_act="sigmoid", impl=impl)
+        return [o, *torch.autograd.grad(o, [whole, bound], d_out.to(o.dtype))]
+
+    for got, want in zip(call("triton", BF16), call("torch", torch.float64), strict=True):
+        assert (got.double() - want).norm() < 1e-2 * want.norm()
+
+
+@pytest.mark.parametrize("dim", [32, 128])
+def test_grids_are_not_copied(dim):
+    """Beside results and the buffers of the kernels nothing as large as q is allocated."""
+    from hgrn2.ops.directions import layout
+
+    q, f, v = torch.randn(2, 64, 64, 3, 4, dim, device="cuda").to(BF16).unbind(3)
+    hgrn2_scan_2d(q, f, v, impl="triton")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    o = hgrn2_scan_2d(q, f, v, impl="triton")
+    used = torch.cuda.max_memory_allocated() - before
+    result = o.numel() * o.element_size()
+    assert used < layout(q.shape, q.dtype, "2d", None, False, False)[1][-1] + 1.5 * result
 
 
 def test_both_kinds_of_scores_run():

@@ -228,7 +228,7 @@ else:
         q, f, v, gamma, state = (x.requires_grad_() for x in draw(time=20, heads=1))
         lengths = None if options[0] is None else torch.tensor([12], dtype=torch.int32)
         bounds = None if options[1] is None else torch.tensor([0, 20], dtype=torch.int32)
-        args = (q, f, v, gamma, state, lengths, bounds, *options[2:], 1, 0, None, True)
+        args = (q, f, v, gamma, state, lengths, bounds, int(options[2]), options[3], 1, 0, None, True)
         torch.library.opcheck(torch.ops.hgrn2.chunk_scan.default, args)
 
     def test_no_second_derivative_no_vmap():

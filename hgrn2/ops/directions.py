@@ -1,0 +1,124 @@
+"""The scans of one call of the chunked kernels: each but the first adds to the outputs and gradients before it.
+
+Shapes: B batch, T time, Y and X rows and columns of a grid, H heads, K = V head dim. Columns of `[B, Y, X, H, K]` are
+read and written in place: to the kernels they are the lines of `[B, X, Y, H, K]` with other strides.
+"""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+# those after "both" are for grids; "rows" and "columns" run both ways along one axis
+DIRECTIONS = ("forward", "reverse", "both", "2d", "rows", "columns")
+# (along columns, reverse)
+_AHEAD, _BACK, _DOWN, _UP = (False, False), (False, True), (True, False), (True, True)
+SCANS = {
+    "forward": (_AHEAD,),
+    "reverse": (_BACK,),
+    "both": (_AHEAD, _BACK),
+    "2d": (_AHEAD, _BACK, _DOWN, _UP),
+    "rows": (_AHEAD, _BACK),
+    "columns": (_DOWN, _UP),
+}
+
+
+def _lines(columns: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """`[B, P, T, H, K]` (sequences: `[B, T, H, K]`) for scans along T."""
+    return tuple(x.transpose(1, 2) for x in tensors) if columns else tensors
+
+
+def layout(shape, dtype, direction: str, packed: int | None, keep: bool, exact: bool) -> tuple[list, list]:
+    """Chunks of each scan (`packed` where documents make them), and where its buffer begins in that of the call;
+    the latter list ends with the size of the whole."""
+    from hgrn2.ops.chunk import count_chunks, saved_slots  # needs Triton
+
+    *sizes, heads, dim = shape
+    chunks, begins, end = [], [], 0
+    for columns, _ in SCANS[direction]:
+        time = sizes[1] if columns else sizes[-1]
+        rest = sizes[:1] + (sizes[2:] if columns else sizes[1:-1])
+        chunks.append(count_chunks(math.prod(rest), time, dim, dtype, None) if packed is None else packed)
+        # without a backward they take turns in one place
+        begins.append((end + 15) // 16 * 16 if keep else 0)
+        end = max(end, begins[-1] + saved_slots(chunks[-1], heads, dim, dtype, keep, exact).size)
+    return chunks, [*begins, end]
+
+
+_layout = functools.lru_cache(512)(layout)
+
+
+def forward(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, direction: str, output_final_state, q_act, v_act,
+            fast_limit=None, keep=True, exact=False):  # fmt: skip
+    """As `chunk.forward`; with several scans the buffers and tables are those of all, one after the other."""
+    from hgrn2.ops import chunk
+
+    scans, options = SCANS[direction], (output_final_state, q_act, v_act, fast_limit, keep, exact)
+    rest = (lower_bound, initial_state, lengths, cu_seqlens)
+    if len(scans) == 1:
+        return chunk.forward(q, f, v, *rest, scans[0][1], *options)
+    packed = (
+        None if cu_seqlens is None else chunk.count_chunks(1, q.shape[1], q.shape[3], q.dtype, cu_seqlens.shape[0] - 1)
+    )
+    chunks, at = _layout(q.shape, q.dtype, direction, packed, keep, exact)
+    o, buffer, tables = v.new_empty(q.shape), q.new_empty(at[-1], dtype=torch.uint8), []
+    for i, (columns, reverse) in enumerate(scans):
+        *inputs, out = _lines(columns, q, f, v, o)
+        part = buffer[at[i] : at[i + 1]] if keep else buffer
+        if keep and i + 1 < len(scans) and chunks[i] * q.shape[-2] % 4:
+            part[-16:].zero_()  # the gap before the next scan's would hold anything
+        *_, table = chunk.forward(*inputs, *rest, reverse, *options, o=out, add=i > 0, buffer=part)
+        tables.append(table)
+    return o, None, buffer, None if packed is None else torch.cat(tables)
+
+
+def backward(do, d_final, q, f, v, lower_bound, lengths, buffer, table, direction: str, q_act, v_act,
+             lower_bound_grad, initial_rows: int | None, packed: bool = False):  # fmt: skip
+    """Gradients of q, f, v, lower_bound and the initial state (`initial_rows`); None where not asked.
+
+    packed: where q, f and v are slots of one packed projection, their gradients are slots of one tensor, too.
+    """
+    from hgrn2.ops import chunk
+
+    grads = _gradients(q, f, v, packed)
+    scans, options = SCANS[direction], (q_act, v_act, lower_bound_grad, initial_rows)
+    rest = (lower_bound, lengths)
+    if len(scans) == 1:
+        ends = chunk.backward(do, d_final, q, f, v, *rest, buffer, table, scans[0][1], *options, grads)
+        return *grads, *ends
+    tables = (None,) * len(scans) if table is None else table.chunk(len(scans))
+    packed = None if table is None else tables[0].shape[0]
+    _, at = _layout(q.shape, q.dtype, direction, packed, True, False)
+    bound = None
+    for i, (columns, reverse) in enumerate(scans):
+        do_, q_, f_, v_, *out = _lines(columns, do, q, f, v, *grads)
+        part = buffer[at[i] : at[i + 1]]
+        share, _ = chunk.backward(
+            do_, None, q_, f_, v_, *rest, part, tables[i], reverse, *options, out, add=i > 0
+        )  # fmt: skip
+        bound = share if bound is None else bound + share
+    return *grads, bound, None
+
+
+def _packed_order(q: Tensor, f: Tensor, v: Tensor) -> tuple[int, int, int] | None:
+    """Which slots of one packed `[..., 3, H, K]` q, f and v are, or None."""
+    *sizes, heads, dim = q.shape
+    row = heads * dim
+    want, step = (dim, 1), 3 * row
+    for size in sizes[::-1]:
+        want, step = (step, *want), step * size
+    if q.stride() != want or f.stride() != want or v.stride() != want:
+        return None
+    at = [x.data_ptr() // q.element_size() for x in (q, f, v)]
+    order = tuple((a - min(at)) // row if (a - min(at)) % row == 0 else -1 for a in at)
+    return order if sorted(order) == [0, 1, 2] else None
+
+
+def _gradients(q: Tensor, f: Tensor, v: Tensor, packed: bool) -> tuple[Tensor, ...]:
+    """Room for dq, df and dv, of the same strides."""
+    order = _packed_order(q, f, v) if packed else None
+    if order is None:
+        return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+    parts = q.new_empty(*q.shape[:-2], 3, *q.shape[-2:]).unbind(-3)
+    return tuple(parts[i] for i in order)
