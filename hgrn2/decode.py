@@ -36,15 +36,18 @@ class GraphedStep:
     def _capture(self, x: Tensor) -> None:
         with torch.cuda.device(x.device), _uncached_autocast():
             self.x, before = x.clone(), self.state.clone()
-            stream = torch.cuda.Stream()
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # compiles and tests kernels, allocates workspaces
-                self.step(self.x, self.state, self.gammas)
-            torch.cuda.current_stream().wait_stream(stream)
-            self.state.copy_(before)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            try:
+                with torch.cuda.stream(stream):  # compiles and tests kernels, allocates workspaces
+                    self.step(self.x, self.state, self.gammas)
+            finally:
+                torch.cuda.current_stream().wait_stream(stream)
+                self.state.copy_(before)
+            # other threads (data loading, NCCL's) may call CUDA meanwhile
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.y = self.step(self.x, self.state, self.gammas)
+            self.graph = graph
 
 
 def _uncached_autocast():

@@ -23,7 +23,9 @@ class _Unpack(torch.autograd.Function):
         return packed.unbind(-3)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor | None) -> Tensor:
+    def backward(ctx, *grads: Tensor | None) -> Tensor | None:
+        if all(x is None for x in grads):
+            return None
         whole = None if torch.is_grad_enabled() else _packed(grads, ctx.shape)
         if whole is None:
             some = next(x for x in grads if x is not None)
@@ -119,7 +121,7 @@ class HGRN2Mixer(nn.Module):
         if mixer_supported(self, x, state, lower_bound):
             return fused_mixer_step(self, x, state, lower_bound)
         q, f, v = self._project(x)
-        o = hgrn2_step(q, f, v, state, lower_bound, q_act=self.config.q_act, v_act=self.config.v_act)
+        o = hgrn2_step(q, f, v, state, lower_bound, **self._acts())
         return self._output(o)
 
     @torch.no_grad()

@@ -110,9 +110,10 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict]:
 def may_fuse(device: str, precision: str, clip: float | None) -> bool:
     """Whether AdamW can run as one fused kernel: on CUDA, but not where Lightning clips gradients in mixed precision.
 
-    Lightning refuses to clip there, also in bf16, where no gradient scaler is involved.
+    Lightning refuses to clip there, also in bf16, where no gradient scaler is involved. In fp16 a fused optimiser would
+    unscale gradients itself, after their norm is logged.
     """
-    return device == "cuda" and not (precision.endswith("-mixed") and clip)
+    return device == "cuda" and precision != "16-mixed" and not (precision == "bf16-mixed" and clip)
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig, fused: bool) -> dict:

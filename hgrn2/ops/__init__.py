@@ -149,6 +149,7 @@ def hgrn2_step(
     *,
     q_act: str | None = None,
     v_act: str | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """One token of the recurrence, for decoding: no gradients, `state` is updated in place.
 
@@ -157,15 +158,18 @@ def hgrn2_step(
     Args:
         q, f, v: `[B, H, K]`.
         state: `[B, H, K, V]` fp32 (fp64 for fp64 inputs).
-        lower_bound, q_act, v_act: as `hgrn2_scan`.
+        lower_bound, q_act, v_act, impl: as `hgrn2_scan`; "reference" is "torch" here.
 
     Returns:
         o `[B, H, V]` in the dtype of q.
     """
     _check_inputs(q, f, v, lower_bound, q_act, v_act, ndim=3, legend="[B, H, K]")
-    _check_state("state", state, (q.shape[0], q.shape[1], q.shape[2], q.shape[2]), compute_dtype(q))
-    on_triton = q.device.type == "cuda" and step_supported(q, state, lower_bound, q_act, v_act) is None
-    return (triton_step if on_triton else torch_step)(q, f, v, state, lower_bound, q_act, v_act)
+    _check_state("state", state, (*q.shape, q.shape[2]), compute_dtype(q), q.device)
+    _check_choice("impl", impl, IMPLS)
+    reason = "impl" if impl in ("torch", "reference") else step_supported(q, state, lower_bound, q_act, v_act)
+    if reason is not None and impl == "triton":
+        raise ValueError(f"impl='triton' cannot run here: {reason}; use impl='auto' or 'torch'")
+    return (triton_step if reason is None else torch_step)(q, f, v, state, lower_bound, q_act, v_act)
 
 
 def choose_impl(device: torch.device | str, head_dim: int) -> tuple[str, str]:
@@ -215,6 +219,8 @@ def _check_inputs(q, f, v, lower_bound, q_act, v_act, *, ndim: int, legend: str)
         raise ValueError(f"q must not be empty, got shape {tuple(q.shape)}")
     if lower_bound is not None and tuple(lower_bound.shape) != tuple(q.shape[-2:]):
         raise ValueError(f"lower_bound must be [H, K] = {tuple(q.shape[-2:])}, got {tuple(lower_bound.shape)}")
+    if lower_bound is not None and lower_bound.device != q.device:
+        raise ValueError(f"lower_bound must be on {q.device} as q is, got {lower_bound.device}")
     _check_choice("q_act", q_act, ACTIVATIONS)
     _check_choice("v_act", v_act, ACTIVATIONS)
 
@@ -244,7 +250,7 @@ def _check_states(q, direction, initial_state, output_final_state, lengths, cu_s
     if q.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere a look would wait for the device
         _check_values(q.shape[1], lengths, cu_seqlens)
     if initial_state is not None:
-        _check_state("initial_state", initial_state, (rows, heads, dim, dim), None)
+        _check_state("initial_state", initial_state, (rows, heads, dim, dim), None, q.device)
 
 
 def _check_values(time: int, lengths: Tensor | None, cu_seqlens: Tensor | None) -> None:
@@ -256,8 +262,10 @@ def _check_values(time: int, lengths: Tensor | None, cu_seqlens: Tensor | None) 
             raise ValueError(f"cu_seqlens must rise from 0 to T = {time}, got {bounds}")
 
 
-def _check_state(name: str, state: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+def _check_state(name: str, state: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, device) -> None:
     if tuple(state.shape) != shape:
         raise ValueError(f"{name} must be [rows, H, K, V] = {shape}, got {tuple(state.shape)}")
     if dtype is not None and state.dtype != dtype:
         raise ValueError(f"{name} must be {dtype} (it is updated in place), got {state.dtype}")
+    if state.device != device:
+        raise ValueError(f"{name} must be on {device} as q is, got {state.device}")

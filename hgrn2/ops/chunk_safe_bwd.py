@@ -31,7 +31,7 @@ from hgrn2.ops.gates import activate_grad_tile, activate_tile
 
 
 @triton.jit
-def _share_of_othergated_half(
+def _share_of_other_half(
     p_y, p_s, p_x, m_real, M: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -173,12 +173,12 @@ def _safe_gradients(
         b_rest = tl.minimum(b_total - tl.sum(b_g, axis=0), 0.0)[None, :]
         if is_second:
             b_up_to += b_rest
-            b_cross = _share_of_othergated_half(
+            b_cross = _share_of_other_half(
                 p_v + t_other * v_stride_t, dstates_ptr + p_s, kx_ptr + p_other, m_other, M, K, BK, BV, V_ACT, PRECISION
             )
         else:
             b_after += b_rest
-            b_cross = _share_of_othergated_half(
+            b_cross = _share_of_other_half(
                 p_do + t_other * do_stride_t, states_ptr + p_s, qx_ptr + p_other, m_other, M, K, BK, BV, 0, PRECISION
             )
         b_dg += b_cross[None, :]

@@ -124,12 +124,13 @@ class _Eager(torch.autograd.Function):
         ctx, q, f, v, lower_bound, initial_state, lengths, cu_seqlens,
         direction, output_final_state, q_act, v_act, fast_limit,
     ):  # fmt: skip
-        q, f, v, lengths = _rows(q), _rows(f), _rows(v), _int32(lengths)
+        lengths = _int32(lengths)
         o, final, saved, table = directions.forward(
-            q, f, v, lower_bound, initial_state, lengths, cu_seqlens, DIRECTIONS[direction], output_final_state,
-            q_act, v_act, fast_limit, any(ctx.needs_input_grad), ctx.needs_input_grad[4],
+            _rows(q), _rows(f), _rows(v), lower_bound, initial_state, lengths, cu_seqlens, DIRECTIONS[direction],
+            output_final_state, q_act, v_act, fast_limit, any(ctx.needs_input_grad), ctx.needs_input_grad[4],
         )  # fmt: skip
         ctx.set_materialize_grads(False)
+        # q, f and v as they came: copies made here would cut the graph of a second derivative
         ctx.save_for_backward(q, f, v, lower_bound, lengths, saved, table)
         ctx.options = (direction, q_act, v_act)
         ctx.initial_rows = initial_state.shape[0] if ctx.needs_input_grad[4] else None
@@ -152,8 +153,8 @@ class _Eager(torch.autograd.Function):
             return *grads, *(None,) * 7
         direction, *acts = ctx.options
         grads = directions.backward(
-            do, d_final, q, f, v, lower_bound, lengths, saved, table, DIRECTIONS[direction], *acts,
-            ctx.needs_input_grad[3], ctx.initial_rows, packed=True,
+            do, d_final, _rows(q), _rows(f), _rows(v), lower_bound, lengths, saved, table, DIRECTIONS[direction],
+            *acts, ctx.needs_input_grad[3], ctx.initial_rows, packed=True,
         )  # fmt: skip
         return *grads, *(None,) * 7
 

@@ -114,13 +114,14 @@ class _Eager(torch.autograd.Function):
     """The registered op without the dispatcher; it keeps the segments' states, which the op computes again."""
 
     @staticmethod
-    def forward(ctx, q, f, v, *rest):
-        inputs = (_grid(q), _grid(f), _grid(v), *rest)
+    def forward(ctx, *inputs):
         o, final, kept = _run(*inputs)
-        _save(ctx, inputs, None)
-        ctx.save_for_backward(*inputs[:7], kept)
-        ctx.flat = q.dim() == 4
-        return o.squeeze(1) if ctx.flat else o, final
+        *tensors, direction, _, q_act, v_act = inputs
+        ctx.set_materialize_grads(False)
+        # q, f and v as they came: views or copies made here would cut the graph of a second derivative
+        ctx.save_for_backward(*tensors, kept)
+        ctx.options = (direction, q_act, v_act)
+        return o, final
 
     @staticmethod
     def backward(ctx, do, d_final):
@@ -134,8 +135,6 @@ class _Eager(torch.autograd.Function):
             grads[3:] = [x if need else None for x, need in zip(grads[3:], needs, strict=True)]
         else:
             grads = _run_backward(do, d_final, *tensors, *ctx.options, *needs, kept, packed=True)
-        if ctx.flat:
-            grads = [*(x.squeeze(1) for x in grads[:3]), *grads[3:]]
         return *grads, *(None,) * 6
 
 

@@ -83,7 +83,7 @@ def compile_for(capability: int, kernel, dtype: torch.dtype, constants: dict, ab
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name in ("fast_limit", "eps") else "i32"
-            if "stride" in name:
+            if "stride" in name and not parameter.do_not_specialize:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, values, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
