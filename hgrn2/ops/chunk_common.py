@@ -54,7 +54,7 @@ def locate(c, table_ptr, len_ptr, T, NT, P, sign, has_len, C: tl.constexpr, VARL
     else:
         n = c // NT
         i_t = c - n * NT
-        b = n // P
+        b = c // (NT * P)  # not n // P: divisions side by side take fewer registers
         p = n - b * P
         rows = tl.minimum(T - i_t * C, C)
         t0 = tl.where(sign < 0, T - 1 - i_t * C, i_t * C)
