@@ -295,6 +295,22 @@ def test_bf16_parameters(norm, training):
     assert (got.float() - want).norm() / want.norm() < 0.05
 
 
+def test_a_mixer_without_gradients_from_above():
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    mixer = HGRN2Mixer(HGRN2Config(dim=8, depth=1, expand_ratio=2))
+    q, f, v = mixer._project(torch.randn(1, 3, 8))
+    (sum(Stop.apply(x).sum() for x in (q, f, v)) + mixer.in_proj.weight.sum()).backward()
+    assert torch.equal(mixer.in_proj.weight.grad, torch.ones_like(mixer.in_proj.weight))
+
+
 def test_packed_documents_equal_separate_rows():
     backbone = randomised(tiny()).eval()
     a, b = torch.randn(1, 5, 16), torch.randn(1, 9, 16)

@@ -52,7 +52,8 @@ class Plan:
     """The launches of one kind of call, in order; `key` is `kinds` of all tensors that come from the caller.
 
     In every kernel's signature pointers come first. Fresh tensors are aligned, and integers that come from anywhere but
-    a tensor's strides are ones that the kernel does not specialise on, or multiples of 16.
+    a tensor's strides are ones that the kernel does not specialise on, or multiples of 16. Triton's launch hooks (its
+    profiler's) are not called after the first launch.
     """
 
     def __init__(self, key: tuple):

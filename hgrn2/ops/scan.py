@@ -176,8 +176,8 @@ def _lines(plan, scratch, options, q, f, v, lower_bound, lengths, documents) -> 
 
 
 def _turned(state: Tensor | None) -> Tensor | None:
-    """`[N, H, K, V]` to the kernels' `[N, H, V, K]`, or back."""
-    return None if state is None else state.transpose(-1, -2).contiguous()
+    """`[N, H, K, V]` to the kernels' `[N, H, V, K]`, or back; always in fresh memory, which is aligned."""
+    return None if state is None else state.transpose(-1, -2).clone(memory_format=torch.contiguous_format)
 
 
 def _ends(q: Tensor, documents: int | None, other: Tensor | None) -> Tensor:
@@ -225,7 +225,7 @@ def backward(q, f, v, do, d_final, lower_bound, initial_state, lengths, cu_seqle
     """
     documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     order = packed_order(q, f, v) if packed else None
-    options_ = (documents, options, kept is None, bound, initial, order is None)
+    options_ = (documents, options, kept is None, bound, initial, order)
     key = (*_signature(q, f, v, do, lower_bound, initial_state, lengths, d_final), *options_)
     if order is None:
         dq, df, dv = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
@@ -234,11 +234,9 @@ def backward(q, f, v, do, d_final, lower_bound, initial_state, lengths, cu_seqle
         dq, df, dv = (parts[i] for i in order)
     found = _backward_plans.get(key)
     if found is None:
-        plan, saved, scratch = (
-            Plan(kinds((q, f, v, do, lower_bound, lengths, initial_state, d_final))),
-            Slots(),
-            Slots(),
-        )
+        # slots of a packed gradient may be aligned less than fresh tensors
+        plan = Plan(kinds((q, f, v, do, lower_bound, lengths, initial_state, d_final, dq, df, dv)))
+        saved, scratch = Slots(), Slots()
         enter, d_enter = "none" if initial_state is None else "init", "none" if d_final is None else "d_final"
         d_leave = "d_initial" if initial else "none"
         every = _lines(plan, scratch, options, q, f, v, lower_bound, lengths, documents)

@@ -1,8 +1,9 @@
 """A numerical self-test of the Triton scan at first use, so that a miscompiled kernel is never used in silence.
 
 Triton miscompiles some tile shapes on some GPUs. The shipped tiles were checked on one GPU and Triton version; here the
-kernels that a call is about to use run once on a small input, forward and backward, both kinds of scores, against the
-torch form. The verdict is kept on disk per device, Triton and torch version and version of this code.
+kernels of a head dim, dtype, direction and activations run once on a small input, forward and backward, both kinds of
+scores, against the torch form; states, lengths and documents are other compilations, which are not tested. The verdict
+is kept on disk per device, Triton and torch version and version of this code.
 """
 
 import functools

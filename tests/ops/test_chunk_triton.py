@@ -231,6 +231,12 @@ else:
         args = (q, f, v, gamma, state, lengths, bounds, int(options[2]), options[3], 1, 0, None, True)
         torch.library.opcheck(torch.ops.hgrn2.chunk_scan.default, args)
 
+    def test_a_gradient_penalty_raises():
+        q, f, v = (torch.randn(1, 8, 2, 32)[..., ::2].requires_grad_() for _ in range(3))
+        (grad,) = torch.autograd.grad(triton_scan(q, f, v)[0].sum(), q, create_graph=True)
+        with pytest.raises(NotImplementedError, match="second derivatives"):
+            torch.autograd.grad(grad.square().sum(), f)
+
     def test_no_second_derivative_no_vmap():
         q, f, v, gamma, _ = (x.requires_grad_() for x in draw(time=20, heads=1))
         (grad,) = torch.autograd.grad(triton_scan(q, f, v, gamma)[0].sum(), q, create_graph=True)

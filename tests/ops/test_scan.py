@@ -298,6 +298,8 @@ def test_memory_is_linear_in_time():
         ({"lengths": torch.tensor([3, 6])}, "lengths must be from 0 to T = 5"),
         ({"initial_state": torch.zeros(2, 2, 4, 3)}, r"initial_state must be .*\(2, 2, 4, 4\)"),
         ({"lower_bound": torch.zeros(4, 2)}, r"lower_bound must be \[H, K\]"),
+        ({"lower_bound": torch.zeros(2, 4, device="meta")}, "lower_bound must be on cpu as q is, got meta"),
+        ({"initial_state": torch.zeros(2, 2, 4, 4, device="meta")}, "initial_state must be on cpu as q is, got meta"),
     ],
     ids=lambda x: str(x) if isinstance(x, str) else next(iter(x)),
 )
@@ -323,6 +325,8 @@ def test_bad_shapes_are_named():
         hgrn2_scan(*[q.long()] * 3)
     with pytest.raises(ValueError, match="updated in place"):
         hgrn2_step(q[:, 0], q[:, 0], q[:, 0], torch.zeros(2, 2, 4, 4).double())
+    with pytest.raises(ValueError, match="impl='triton' cannot run here"):
+        hgrn2_step(q[:, 0], q[:, 0], q[:, 0], torch.zeros(2, 2, 4, 4), impl="triton")
 
 
 def test_the_choice_of_implementation_has_a_reason():

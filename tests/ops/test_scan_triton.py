@@ -181,6 +181,15 @@ else:
         with torch.autocast("cpu", torch.bfloat16):
             assert model(q, f, v).dtype == torch.float32
 
+    @pytest.mark.parametrize("strided", [False, True])
+    def test_a_gradient_penalty_raises(strided):
+        q, f, v = (torch.randn(1, 8, 2, 4)[..., ::2] if strided else torch.randn(1, 8, 2, 2) for _ in range(3))
+        q, f, v = (x.requires_grad_() for x in (q, f, v))
+        o, _ = hgrn2_scan(q, f, v, impl="triton")
+        (grad,) = torch.autograd.grad(o.sum(), q, create_graph=True)
+        with pytest.raises(NotImplementedError, match="second derivatives"):
+            torch.autograd.grad(grad.square().sum(), f)
+
     def test_no_second_derivative_no_vmap():
         q, f, v, gamma, _ = (x.requires_grad_() for x in draw(time=8))
         o, _ = hgrn2_scan(q, f, v, gamma, impl="triton")
