@@ -119,7 +119,7 @@ def record(capability: int, report: dict) -> None:
             "device": "none: compiled ahead of time, per compute capability",
             "versions": {"triton": triton.__version__, "torch": torch.__version__},
             "commit": commit.stdout.strip() + " for the rows last compiled, earlier ones for others",
-            "command": "HGRN2_AOT_REPORT=benchmarks/results/aot.json python -m pytest tests/ops -k aot (-m slow: the rest)",
+            "command": "HGRN2_AOT_REPORT=benchmarks/results/aot.json pytest tests/ops -k aot (-m slow: the rest)",
         }
         known[str(capability)] = known.get(str(capability), {}) | report
         Path(path).write_text(json.dumps(known, indent=1) + "\n")
