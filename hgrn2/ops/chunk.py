@@ -16,7 +16,7 @@ from hgrn2.ops.chunk_factors import chunk_factor_kernel
 from hgrn2.ops.chunk_fwd import carry_kernel, chunk_out_kernel, chunk_state_kernel
 from hgrn2.ops.chunk_safe import chunk_score_kernel
 from hgrn2.ops.chunk_safe_bwd import chunk_safe_grad_kernel
-from hgrn2.ops.launch import Plan, Plans, Slots, kinds
+from hgrn2.ops.launch import Plan, Plans, Slots, kinds, on_device
 
 # sequences of fewer chunks are not worth splitting
 _MIN_SPLIT = 16
@@ -85,7 +85,7 @@ class _Call:
         self.values = dict(
             T=self.time, NT=self.n_t, P=1 if len(lines) == 1 else lines[1], NC=n_chunks, H=self.heads,
             sign=-1 if reverse else 1, has_len=int(lengths is not None), K=self.dim, C=chunk,
-            LOG_C=chunk.bit_length() - 1, SUB=sub, VARLEN=packed_documents, HAS_LB=lower_bound is not None,
+            SUB=sub, VARLEN=packed_documents, HAS_LB=lower_bound is not None,
             Q_ACT=q_act, V_ACT=v_act, PRECISION=precision, SPLIT=split,
         )  # fmt: skip
         self.lengths = "safe" if lengths is None else "len"  # any integers: they are not read
@@ -198,9 +198,7 @@ def _on_its_device(run):
 
     @functools.wraps(run)
     def guarded(x, *args, **options):
-        if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-            return run(x, *args, **options)
-        with torch.cuda.device(x.device):
+        with on_device(x):
             return run(x, *args, **options)
 
     return guarded

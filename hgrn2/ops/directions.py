@@ -81,7 +81,7 @@ def backward(do, d_final, q, f, v, lower_bound, lengths, buffer, table, directio
     """
     from hgrn2.ops import chunk
 
-    grads = _gradients(q, f, v, packed)
+    grads = gradients(q, f, v, packed)
     scans, options = SCANS[direction], (q_act, v_act, lower_bound_grad, initial_rows)
     rest = (lower_bound, lengths)
     if len(scans) == 1:
@@ -101,22 +101,28 @@ def backward(do, d_final, q, f, v, lower_bound, lengths, buffer, table, directio
     return *grads, bound, None
 
 
-def _packed_order(q: Tensor, f: Tensor, v: Tensor) -> tuple[int, int, int] | None:
-    """Which slots of one packed `[..., 3, H, K]` q, f and v are, or None."""
-    *sizes, heads, dim = q.shape
-    row = heads * dim
-    want, step = (dim, 1), 3 * row
+@functools.lru_cache(1024)
+def _is_slot(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether `[..., H, K]` is laid out as a slot of a packed `[..., 3, H, K]`."""
+    *sizes, heads, dim = shape
+    want, step = (dim, 1), 3 * heads * dim
     for size in sizes[::-1]:
         want, step = (step, *want), step * size
-    if q.stride() != want or f.stride() != want or v.stride() != want:
+    return all(size == 1 or stride == w for size, stride, w in zip(shape, strides, want, strict=True))
+
+
+def _packed_order(q: Tensor, f: Tensor, v: Tensor) -> tuple[int, int, int] | None:
+    """Which slots of one packed `[..., 3, H, K]` q, f and v are, or None."""
+    if not all(_is_slot(x.shape, x.stride()) for x in (q, f, v)):
         return None
-    at = [x.data_ptr() // q.element_size() for x in (q, f, v)]
+    row = q.shape[-2] * q.shape[-1] * q.element_size()
+    at = [x.data_ptr() for x in (q, f, v)]
     order = tuple((a - min(at)) // row if (a - min(at)) % row == 0 else -1 for a in at)
     return order if sorted(order) == [0, 1, 2] else None
 
 
-def _gradients(q: Tensor, f: Tensor, v: Tensor, packed: bool) -> tuple[Tensor, ...]:
-    """Room for dq, df and dv, of the same strides."""
+def gradients(q: Tensor, f: Tensor, v: Tensor, packed: bool) -> tuple[Tensor, ...]:
+    """Room for dq, df and dv; `packed`: slots of one tensor, where q, f and v are slots of one."""
     order = _packed_order(q, f, v) if packed else None
     if order is None:
         return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hgrn2.ops import tiles
 from hgrn2.ops.chunk import _cdiv, _multiprocessors, _on_its_device, _scratch, _signature, chunk_table
+from hgrn2.ops.directions import gradients
 from hgrn2.ops.launch import Plan, Plans, Slots, kinds
 from hgrn2.ops.scan_bwd import scan_grad_kernel
 from hgrn2.ops.scan_fwd import scan_carry_kernel, scan_out_kernel, scan_segment_kernel
@@ -224,17 +225,12 @@ def backward(q, f, v, do, d_final, lower_bound, initial_state, lengths, cu_seqle
     one packed projection, their gradients are slots of one tensor, too.
     """
     documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    order = packed_order(q, f, v) if packed else None
-    options_ = (documents, options, kept is None, bound, initial, order)
-    key = (*_signature(q, f, v, do, lower_bound, initial_state, lengths, d_final), *options_)
-    if order is None:
-        dq, df, dv = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
-    else:
-        parts = q.new_empty(*q.shape[:3], 3, *q.shape[3:]).unbind(3)
-        dq, df, dv = (parts[i] for i in order)
+    dq, df, dv = gradients(q, f, v, packed)
+    # slots of a packed gradient may be aligned less than fresh tensors
+    signature = _signature(q, f, v, do, lower_bound, initial_state, lengths, d_final, dq, df, dv)
+    key = (*signature, documents, options, kept is None, bound, initial)
     found = _backward_plans.get(key)
     if found is None:
-        # slots of a packed gradient may be aligned less than fresh tensors
         plan = Plan(kinds((q, f, v, do, lower_bound, lengths, initial_state, d_final, dq, df, dv)))
         saved, scratch = Slots(), Slots()
         enter, d_enter = "none" if initial_state is None else "init", "none" if d_final is None else "d_final"
@@ -265,22 +261,3 @@ def backward(q, f, v, do, d_final, lower_bound, initial_state, lengths, cu_seqle
         share = scratch.view(work[1], f"dlb{axis}").sum(0)
         d_bound = share if d_bound is None else d_bound + share
     return dq, df, dv, d_bound, _turned(d_leave)
-
-
-@functools.lru_cache(maxsize=1024)
-def _is_slot(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether `[B, Y, X, H, K]` is laid out as a slot of a packed `[B, Y, X, 3, H, K]`."""
-    _, rows, columns, heads, dim = shape
-    token = 3 * heads * dim
-    want = (rows * columns * token, columns * token, token, dim, 1)
-    return all(size == 1 or stride == w for size, stride, w in zip(shape, strides, want, strict=True))
-
-
-def packed_order(q: Tensor, f: Tensor, v: Tensor) -> tuple[int, int, int] | None:
-    """Which slots of one packed `[B, Y, X, 3, H, K]` q, f and v are, or None."""
-    if not all(_is_slot(x.shape, x.stride()) for x in (q, f, v)):
-        return None
-    row = q.shape[3] * q.shape[4] * q.element_size()
-    at = [x.data_ptr() for x in (q, f, v)]
-    order = tuple((a - min(at)) // row if (a - min(at)) % row == 0 else -1 for a in at)
-    return order if sorted(order) == [0, 1, 2] else None

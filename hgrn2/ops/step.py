@@ -156,7 +156,9 @@ def step_supported(
         return f"no Triton kernel for {q.dtype}"
     if not state.is_contiguous():
         return "the state is not contiguous"
-    dim = next((size for size in (1, 2, 4, 8, *tiles.HEAD_DIMS) if q.shape[-1] == size), None)  # a constant in tracing
+    dim = next(
+        (size for size in (*tiles.SMALL_HEAD_DIMS, *tiles.HEAD_DIMS) if q.shape[-1] == size), None
+    )  # a constant in tracing
     return _checked(q.device.index, dim, q.dtype, lower_bound is not None, q_act, v_act)
 
 

@@ -14,7 +14,7 @@ SMALL_HEAD_DIMS = (1, 2, 4, 8)
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """Tile of one kernel: key channels `bk`, value channels `bv`, warps, pipeline stages, most registers a thread.
+    """Tile of one kernel: key channels `bk`, value channels `bv`, warps, pipeline stages.
 
     For the factor kernel, `bk` is channels (of several heads if the head dim is smaller) and `bv` tokens at a time.
     """
@@ -23,12 +23,11 @@ class Kernel:
     bv: int
     warps: int
     stages: int = 1
-    registers: int | None = None
 
     @property
     def options(self) -> dict:
         """What Triton calls them."""
-        return {"num_warps": self.warps} | ({} if self.registers is None else {"maxnreg": self.registers})
+        return {"num_warps": self.warps}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ def variants(dim: int, dtype: torch.dtype):
     cfg = tiles.tiles_for(dim, dtype)
     precision, split, sub = tiles.arithmetic(dtype)
     common = dict(
-        K=dim, C=cfg.chunk, LOG_C=cfg.chunk.bit_length() - 1, SUB=sub, SPLIT=split, VARLEN=False, PRECISION=precision,
+        K=dim, C=cfg.chunk, SUB=sub, SPLIT=split, VARLEN=False, PRECISION=precision,
         HAS_LB=True, LB_GRAD=True, Q_ACT=1, V_ACT=1, HAS_INIT=True, HAS_FINAL=True, ACT=0, EXACT=False,
     )  # fmt: skip
 

@@ -6,15 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scans import BF16, FP16, FP32, errors, plain_scan, run
 from torch.utils.checkpoint import checkpoint
 
 from hgrn2.ops import grid_scan, hgrn2_scan, hgrn2_scan_2d
 from hgrn2.ops.reference import recurrent_scan
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-NAMES = ("q", "f", "v", "lower_bound", "initial_state")
 
 
 def draw(batch=1, time=150, heads=2, dim=64, dtype=BF16, mean=0.0, spread=1.0, rows=None):
@@ -24,33 +22,10 @@ def draw(batch=1, time=150, heads=2, dim=64, dtype=BF16, mean=0.0, spread=1.0, r
     return [q, f, v, 0.5 * torch.rand(heads, dim, device="cuda"), state]
 
 
-def plain_scan(q, f, v, lower_bound, *, initial_state):
-    """Plain torch in the test's dtype: the loop with q, k, v and o in it, gates and state in fp32."""
-    lam = lower_bound + (1 - lower_bound) * torch.sigmoid(f.float())
-    k = ((1 - lower_bound) * torch.sigmoid(-f.float())).to(f.dtype).float()
-    state, outputs = initial_state, []
-    for t in range(q.shape[1]):
-        state = lam[:, t, :, :, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :].float()
-        outputs.append((q[:, t, :, None, :].float() @ state).squeeze(-2))
-    return torch.stack(outputs, 1).to(q.dtype), state
-
-
-def run(scan, inputs, d_out, d_final, dtype, **options):
-    wide = torch.float64 if dtype == torch.float64 else FP32
-    leaves = [x.detach().to(dtype if i < 3 else wide).requires_grad_() for i, x in enumerate(inputs)]
-    o, final = scan(*leaves[:4], initial_state=leaves[4], **options)
-    torch.autograd.backward([o, final], [d_out.to(o.dtype), d_final.to(final.dtype)])
-    return {"o": o, "final_state": final} | {f"d {n}": x.grad for n, x in zip(NAMES, leaves, strict=True)}
-
-
 def triton_scan(*args, fast_limit=None, **options):
     from hgrn2.ops.library import triton_scan
 
     return triton_scan(*args, fast_limit=fast_limit, **options)
-
-
-def errors(got, want):
-    return {name: ((got[name].double() - x).norm() / x.norm()).item() for name, x in want.items()}
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])

@@ -4,23 +4,17 @@ The interpreter has to be chosen before Triton is imported, so these tests run i
 """
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from scans import in_the_interpreter
 
 pytest.importorskip("triton")
 
 if os.environ.get("TRITON_INTERPRET") != "1":
 
     def test_in_the_interpreter():
-        env = os.environ | {"TRITON_INTERPRET": "1"}
-        root = Path(__file__).parents[2]
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-        done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        in_the_interpreter(__file__)
 
 else:
     from hypothesis import given, settings
