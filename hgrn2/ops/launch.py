@@ -42,6 +42,12 @@ class Slots:
         self.of[name] = offset, count, shape, dtype
         self.size = offset + count
 
+    def part(self, name: str, whole: str, first: int, rows: int) -> None:
+        """Name `rows` rows of a slot, from the `first` on, aligned as rows are."""
+        offset, count, shape, dtype = self.of[whole]
+        row = count // shape[0]
+        self.of[name] = offset + first * row, rows * row, (rows, *shape[1:]), dtype
+
     def view(self, buffer: Tensor, name: str) -> Tensor:
         """One of the tensors in a buffer of `size` bytes."""
         offset, count, shape, dtype = self.of[name]

@@ -19,13 +19,17 @@ from hgrn2.ops.scan_fwd import scan_carry_kernel, scan_out_kernel, scan_segment_
 
 _WARPS = 1 if tiles.INTERPRET else 4
 _LANES = 32 * _WARPS
+# key channels of one lane: two share a head of 8, whose states would fill the registers of one
+_KEYS = {1: 1, 2: 2, 4: 4, 8: 4}
 # lanes per multiprocessor that a scan should have
-_WANTED = {1: 512, 2: 512, 4: 512, 8: 256}
+_WANTED = {1: 512, 2: 512, 4: 512, 8: 512}
 # tokens a segment: short ones stay in the cache from one loop to the next, long ones have fewer states to carry
 _MIN_SEGMENT = 16
 _MAX_SEGMENT = {1: 128, 2: 64, 4: 64, 8: 128}
-# tokens on their way per thread, (outputs, gradients): compile time grows with the square of it
-_UNROLL = {1: (8, 8), 2: (8, 4), 4: (4, 4), 8: (2, 1)}
+# tokens at a time of (segments, outputs, gradients), as many more are on their way: registers and compile time grow
+_UNROLL = {1: (8, 8, 8), 2: (8, 8, 4), 4: (4, 2, 4), 8: (4, 2, 2)}
+# most registers a thread of (outputs, gradients): just under what lets one more program run beside
+_REGISTERS = {1: (None, None), 2: (128, 168), 4: (None, None), 8: (None, None)}
 # head dims whose states are cheaper to compute again than what they leave behind (see `scan_bwd`)
 _BLOCK = (1, 2)
 
@@ -46,7 +50,7 @@ class Options:
 def segment_length(lines: int, time: int, heads: int, dim: int, device: torch.device, stride: int) -> int:
     """Tokens a segment, a multiple of 8, for lines of `time` tokens that lie `stride` values apart."""
     wanted = _multiprocessors(device) * _WANTED[dim]
-    length = max(_cdiv(time, _cdiv(wanted, lines * heads)), _MIN_SEGMENT)
+    length = max(_cdiv(time, _cdiv(wanted, lines * heads * (dim // _KEYS[dim]))), _MIN_SEGMENT)
     # offsets inside a segment are 32 bits wide
     length = min(length, _MAX_SEGMENT[dim], max(8, (2**31 - 1) // max(1, stride) - 8))
     # equal segments, of whole rounds of loads
@@ -83,10 +87,12 @@ class _Lines:
             per_line = _cdiv(time, self.length)
             self.segments = lines * per_line
         self.lines, self.carried = lines, per_line > 1 or self.varlen
-        self.blocks = _cdiv(self.segments * self.heads, _LANES)
+        self.keys = _KEYS[self.dim]
+        n = self.segments * self.heads * (self.dim // self.keys)
+        self.blocks = _cdiv(n, _LANES)
         self.values = flags | dict(
-            N=self.segments * self.heads, T=time, P=q.shape[3 - axis], NS=per_line, NC=self.segments, L=self.length,
-            H=self.heads, K=self.dim, LANES=_LANES, UNROLL=_UNROLL[self.dim][0], FLIP=options.flip, BOTH=options.both,
+            N=n, T=time, P=q.shape[3 - axis], NS=per_line, NC=self.segments, L=self.length,
+            H=self.heads, K=self.keys, V=self.dim, LANES=_LANES, FLIP=options.flip, BOTH=options.both,
             VARLEN=self.varlen, Q_ACT=options.q_act, V_ACT=options.v_act,
         )  # fmt: skip
         self.absent = {
@@ -100,11 +106,14 @@ class _Lines:
         order = (b, y, x_, h) if self.axis == 2 else (b, x_, y, h)
         self.values |= {f"{name}_stride_{dim}": s for dim, s in zip("bpth", order, strict=True)}
 
-    def _add(self, kernel, programs: int, values: dict, warps: int = _WARPS, **names: str) -> None:
-        self.plan.add(kernel, programs, dict(num_warps=warps), self.values | values, **self.absent, **names)
+    def _add(
+        self, kernel, programs: int, values: dict, warps: int = _WARPS, registers: int | None = None, **names: str
+    ) -> None:
+        options = dict(num_warps=warps) | ({} if registers is None else dict(maxnreg=registers))
+        self.plan.add(kernel, programs, options, self.values | values, **self.absent, **names)
 
     def _checkpoints(self, unroll: int) -> tuple[int, ...]:
-        return self.blocks, self.length // unroll, self.dim, _LANES, self.dim
+        return self.blocks, self.length // unroll, self.dim, _LANES, self.keys
 
     def states(self, slots: Slots, name: str, enter: str, leave: str, grad: bool) -> str:
         """The states that enter the segments (grad: their gradients) from `enter` to `leave`; the name they have."""
@@ -120,12 +129,12 @@ class _Lines:
             f"{to}_stride_{d}": self.values[f"{of}_stride_{d}"] for to, of in (("x", x), ("y", y)) for d in "bpth"
         }
         acts = dict(X_ACT=self.options.q_act, Y_ACT=0) if grad else dict(X_ACT=0, Y_ACT=self.options.v_act)
-        values |= dict(GRAD=grad, **acts)
+        values |= dict(GRAD=grad, UNROLL=_UNROLL[self.dim][0], **acts)
         self._add(scan_segment_kernel, self.blocks, values, x=x, y=y, own=name, decay=decay)
         rows = self.lines * self.heads * self.dim
         lanes = 32  # one warp a program: the loop over segments waits for memory, and there are few rows
         values = dict(
-            N=rows, LANES=lanes, UNROLL=8, GRAD=grad, HAS_INIT=enter != "none", HAS_FINAL=leave != "none"
+            N=rows, K=self.dim, LANES=lanes, UNROLL=8, GRAD=grad, HAS_INIT=enter != "none", HAS_FINAL=leave != "none"
         )  # fmt: skip
         self._add(
             scan_carry_kernel, shape[0] * _cdiv(rows, lanes), values, 1, own=name, decay=decay, init=enter, final=leave
@@ -135,33 +144,35 @@ class _Lines:
     def outputs(self, enter: str, leave: str, add: bool) -> None:
         leave = "none" if self.carried else leave
         block = self.options.both and self.dim in _BLOCK
-        values = dict(ADD=add, BLOCK=block, HAS_ENTER=enter != "none", HAS_LEAVE=leave != "none")
+        unroll = _UNROLL[self.dim][1]
+        values = dict(UNROLL=unroll, ADD=add, BLOCK=block, HAS_ENTER=enter != "none", HAS_LEAVE=leave != "none")
         scratch = f"checkpoints{self.axis}" if block else "none"
         if block:
-            self.scratch.add(scratch, self._checkpoints(_UNROLL[self.dim][0]), torch.float32)
-        self._add(scan_out_kernel, self.blocks, values, enter=enter, leave=leave, scratch=scratch)
+            self.scratch.add(scratch, self._checkpoints(unroll), torch.float32)
+        registers = _REGISTERS[self.dim][0]
+        self._add(
+            scan_out_kernel, self.blocks, values, registers=registers, enter=enter, leave=leave, scratch=scratch
+        )  # fmt: skip
 
     def gradients(self, enter: str, d_enter: str, d_leave: str, bound: bool, add: bool) -> None:
         """dq, df and dv, and the segments' shares of d lower_bound."""
         block, d_leave = self.dim in _BLOCK, "none" if self.carried else d_leave
-        shape, dtype = (self.blocks, self.length, _LANES, self.dim), torch.float32
+        shape = (self.blocks, self.length, _LANES, self.keys)
+        unroll = _UNROLL[self.dim][2]
         if block:
-            shape = self._checkpoints(_UNROLL[self.dim][1])
-        elif self.dim == 8:
-            shape, dtype = (2, *shape), torch.int16
+            shape = self._checkpoints(unroll)
         names = dict(enter=enter, d_enter=d_enter, d_leave=d_leave, dk=f"dk{self.axis}", dq2="none", dlb="none")
-        self.scratch.add(names["dk"], shape, dtype)
+        self.scratch.add(names["dk"], shape, torch.float32)
         if self.options.both:
             names["dq2"] = f"dq2{self.axis}"
-            self.scratch.add(names["dq2"], shape, dtype)
+            self.scratch.add(names["dq2"], shape, torch.float32)
         if bound:
             names["dlb"] = f"dlb{self.axis}"
-            self.scratch.add(names["dlb"], (self.segments, self.heads, self.dim), torch.float32)
         values = dict(
-            UNROLL=_UNROLL[self.dim][1], ADD=add, BLOCK=block, LB_GRAD=bound, HAS_ENTER=enter != "none",
+            UNROLL=unroll, ADD=add, BLOCK=block, LB_GRAD=bound, HAS_ENTER=enter != "none",
             HAS_D_ENTER=d_enter != "none", HAS_D_LEAVE=d_leave != "none",
         )  # fmt: skip
-        self._add(scan_grad_kernel, self.blocks, values, **names)
+        self._add(scan_grad_kernel, self.blocks, values, registers=_REGISTERS[self.dim][1], **names)
 
 
 def _lines(plan, scratch, options, q, f, v, lower_bound, lengths, documents) -> list[_Lines]:
@@ -236,6 +247,10 @@ def backward(q, f, v, do, d_final, lower_bound, initial_state, lengths, cu_seqle
         enter, d_enter = "none" if initial_state is None else "init", "none" if d_final is None else "d_final"
         d_leave = "d_initial" if initial else "none"
         every = _lines(plan, scratch, options, q, f, v, lower_bound, lengths, documents)
+        if bound:  # all shares in one slot, for one sum
+            scratch.add("dlb", (sum(x.segments for x in every), *q.shape[3:]), torch.float32)
+            for i, x in enumerate(every):
+                scratch.part(f"dlb{x.axis}", "dlb", sum(y.segments for y in every[:i]), x.segments)
         for i, lines in enumerate(every):
             lines.strides("do", do)
             lines.strides("g", dq)
@@ -256,8 +271,5 @@ def backward(q, f, v, do, d_final, lower_bound, initial_state, lengths, cu_seqle
     )  # fmt: skip
     work = _scratch(q, scratch)
     plan.run(tensors, _scratch(q, saved) if kept is None else (saved, kept), work)
-    d_bound = None
-    for axis in options.axes if bound else ():
-        share = scratch.view(work[1], f"dlb{axis}").sum(0)
-        d_bound = share if d_bound is None else d_bound + share
+    d_bound = scratch.view(work[1], "dlb").sum(0) if bound else None
     return dq, df, dv, d_bound, _turned(d_leave)

@@ -32,11 +32,12 @@ from hgrn2.ops.scan_common import (
     load_scratch,
     load_state,
     locate,
+    over_head,
     place,
+    program,
     scaled,
     scratch_at,
     store_checkpoint,
-    store_scratch,
     store_state,
     strides_of,
     tile_at,
@@ -51,45 +52,50 @@ def scan_grad_kernel(
     v_stride_b, v_stride_p, v_stride_t, v_stride_h, do_stride_b, do_stride_p, do_stride_t, do_stride_h,
     g_stride_b, g_stride_p, g_stride_t, g_stride_h,
     N, T, P, NS, NC, L, H,
-    K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, FLIP: tl.constexpr, BOTH: tl.constexpr,
-    VARLEN: tl.constexpr, HAS_LEN: tl.constexpr, HAS_LB: tl.constexpr, Q_ACT: tl.constexpr, V_ACT: tl.constexpr,
-    ADD: tl.constexpr, BLOCK: tl.constexpr, LB_GRAD: tl.constexpr, HAS_ENTER: tl.constexpr, HAS_D_ENTER: tl.constexpr,
-    HAS_D_LEAVE: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, FLIP: tl.constexpr,
+    BOTH: tl.constexpr, VARLEN: tl.constexpr, HAS_LEN: tl.constexpr, HAS_LB: tl.constexpr, Q_ACT: tl.constexpr,
+    V_ACT: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, LB_GRAD: tl.constexpr, HAS_ENTER: tl.constexpr,
+    HAS_D_ENTER: tl.constexpr, HAS_D_LEAVE: tl.constexpr,
 ):  # fmt: skip
     """dq, df, dv of each segment (strides g) from the states and gradients that enter it; ADD: added to what they hold.
 
-    dk_ptr, dq2_ptr: scratch. dlb_ptr `[NC, H, K]`: each segment's share of d lower_bound.
+    dk_ptr, dq2_ptr: scratch. dlb_ptr `[NC, H, V]`: each segment's share of d lower_bound.
     """
-    width: tl.constexpr = 2 * K if K == 8 and not BLOCK else K
-    p_scratch = scratch_at(L // UNROLL * K if BLOCK else L, K, width, LANES)
-    inside, c, row, line, head, t0, stored, real = locate(
-        tl.program_id(0), N, table_ptr, len_ptr, T, P, NS, L, H, LANES, VARLEN, HAS_LEN
+    PARTS: tl.constexpr = V // K
+    p_scratch = scratch_at(program(ADD), L // UNROLL * V if BLOCK else L, K, LANES)
+    inside, c, row, line, head, part, t0, stored, real = locate(
+        program(ADD), N, table_ptr, len_ptr, T, P, NS, L, H, LANES, PARTS, VARLEN, HAS_LEN
     )
     m_lane = inside[:, None]
-    o_k = tl.arange(0, K)[None, :]
-    gamma = tl.load(lb_ptr + head[:, None] * K + o_k) if HAS_LB else 0.0
-    p_q = q_ptr + tile_at(row, line, head, t0, q_stride_b, q_stride_p, q_stride_t, q_stride_h, K, K)
-    p_f = f_ptr + tile_at(row, line, head, t0, f_stride_b, f_stride_p, f_stride_t, f_stride_h, K, K)
-    p_v = v_ptr + tile_at(row, line, head, t0, v_stride_b, v_stride_p, v_stride_t, v_stride_h, K, K)
-    p_do = do_ptr + tile_at(row, line, head, t0, do_stride_b, do_stride_p, do_stride_t, do_stride_h, K, K)
-    p_grad = tile_at(row, line, head, t0, g_stride_b, g_stride_p, g_stride_t, g_stride_h, K, K)
-    p_state = (c * H + head)[:, None] * K * K + o_k
-    p_second = p_state + NC.to(tl.int64) * H * K * K
+    m_own = (part == 0)[:, None]  # one lane of a head writes dv
+    o_k = part[:, None] * K + tl.arange(0, K)[None, :]
+    gamma = tl.load(lb_ptr + head[:, None] * V + o_k) if HAS_LB else 0.0
+    p_q = q_ptr + tile_at(row, line, head, part, t0, q_stride_b, q_stride_p, q_stride_t, q_stride_h, K, V)
+    p_f = f_ptr + tile_at(row, line, head, part, t0, f_stride_b, f_stride_p, f_stride_t, f_stride_h, K, V)
+    p_v = v_ptr + tile_at(row, line, head, part, t0, v_stride_b, v_stride_p, v_stride_t, v_stride_h, V, V)
+    p_do = do_ptr + tile_at(row, line, head, part, t0, do_stride_b, do_stride_p, do_stride_t, do_stride_h, V, V)
+    p_grad = tile_at(row, line, head, part, t0, g_stride_b, g_stride_p, g_stride_t, g_stride_h, K, V)
+    p_dv = dv_ptr + tile_at(row, line, head, part, t0, g_stride_b, g_stride_p, g_stride_t, g_stride_h, V, V)
+    p_state = (c * H + head)[:, None] * V * V + o_k
+    p_second = p_state + NC.to(tl.int64) * H * V * V
 
-    grad = load_state(d_enter_ptr, p_state, m_lane, K) if HAS_D_ENTER else empty_state(LANES, K)
-    state2 = load_state(enter_ptr, p_second, m_lane, K) if HAS_ENTER and BOTH else empty_state(LANES, K)
+    grad = load_state(d_enter_ptr, p_state, m_lane, V) if HAS_D_ENTER else empty_state(LANES, K, V)
+    state2 = load_state(enter_ptr, p_second, m_lane, V) if HAS_ENTER and BOTH else empty_state(LANES, K, V)
+    q = load_rows(p_q, 0, q_stride_t, real, L, 0.0, V, UNROLL, not FLIP)
+    f = load_rows(p_f, 0, f_stride_t, real, L, 100.0, V, UNROLL, not FLIP)
+    v = load_rows(p_v, 0, v_stride_t, real, L, 0.0, V, UNROLL, not FLIP)
+    do = load_rows(p_do, 0, do_stride_t, real, L, 0.0, V, UNROLL, not FLIP)
     for i in tl.range(0, L, UNROLL):
-        q = load_rows(p_q, i, q_stride_t, real, L, 0.0, K, UNROLL, not FLIP)
-        f = load_rows(p_f, i, f_stride_t, real, L, 100.0, K, UNROLL, not FLIP)
-        v = load_rows(p_v, i, v_stride_t, real, L, 0.0, K, UNROLL, not FLIP)
-        do = load_rows(p_do, i, do_stride_t, real, L, 0.0, K, UNROLL, not FLIP)
-        before = (
-            load_rows(dv_ptr + p_grad, i, g_stride_t, real, L, 0.0, K, UNROLL, not FLIP) if ADD and not BLOCK else q
-        )
+        # the next tokens are on their way while these are worked on
+        next_q = load_rows(p_q, i + UNROLL, q_stride_t, real, L, 0.0, V, UNROLL, not FLIP)
+        next_f = load_rows(p_f, i + UNROLL, f_stride_t, real, L, 100.0, V, UNROLL, not FLIP)
+        next_v = load_rows(p_v, i + UNROLL, v_stride_t, real, L, 0.0, V, UNROLL, not FLIP)
+        next_do = load_rows(p_do, i + UNROLL, do_stride_t, real, L, 0.0, V, UNROLL, not FLIP)
+        held = load_rows(p_dv, i, g_stride_t, real, L, 0.0, V, UNROLL, not FLIP) if ADD and not BLOCK else v
         if BLOCK:
-            store_checkpoint(dk_ptr + p_scratch, i // UNROLL, grad, K, LANES)
+            store_checkpoint(dk_ptr + p_scratch, i // UNROLL, grad, K, V, LANES)
             if BOTH:
-                store_checkpoint(dq2_ptr + p_scratch, i // UNROLL, state2, K, LANES)
+                store_checkpoint(dq2_ptr + p_scratch, i // UNROLL, state2, K, V, LANES)
         for u in tl.static_range(UNROLL):
             t = place(i + u, L, not FLIP)
             m = (t < real)[:, None]
@@ -99,103 +105,118 @@ def scan_grad_kernel(
             _sigma, _minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB)
             lam = tl.where(m, lam, 1.0)
             if not BLOCK:
-                store_scratch(dk_ptr + p_scratch, t, dot_values(grad, b_v, K), K, LANES)
-            grad = add_outer(grad, b_q, b_do, K)
+                tl.store(dk_ptr + p_scratch + t * (K * LANES), dot_values(grad, b_v, V))
+            grad = add_outer(grad, b_q, b_do, V)
             if not BLOCK:
-                b_dv = dot_keys(grad, b_k, K)
+                b_dv = over_head(dot_keys(grad, b_k, V), PARTS)
                 if V_ACT != 0:
                     b_dv = tl.where(m, b_dv * activate_grad_tile(v[u].to(tl.float32), V_ACT), 0.0)
                 if ADD:
-                    b_dv += before[u].to(tl.float32)
-                p_out = dv_ptr + p_grad + t * g_stride_t * K
-                tl.store(p_out, b_dv.to(dv_ptr.dtype.element_ty), mask=(t < stored)[:, None])
-            grad = scaled(grad, lam, K)
+                    b_dv += held[u].to(tl.float32)
+                m_out = (t < stored)[:, None] & m_own
+                tl.store(p_dv + t * g_stride_t * V, b_dv.to(dv_ptr.dtype.element_ty), mask=m_out)
+            grad = scaled(grad, lam, V)
             if BOTH:
-                state2 = scaled(state2, lam, K)
+                state2 = scaled(state2, lam, V)
                 if not BLOCK:
-                    store_scratch(dq2_ptr + p_scratch, t, dot_values(state2, b_do, K), K, LANES)
-                state2 = add_outer(state2, b_k, b_v, K)
+                    tl.store(dq2_ptr + p_scratch + t * (K * LANES), dot_values(state2, b_do, V))
+                state2 = add_outer(state2, b_k, b_v, V)
+        q = next_q
+        f = next_f
+        v = next_v
+        do = next_do
     if HAS_D_LEAVE:
-        store_state(d_leave_ptr, p_state, grad, m_lane, K)
+        store_state(d_leave_ptr, p_state, grad, m_lane, V)
     tl.debug_barrier()
 
-    state = load_state(enter_ptr, p_state, m_lane, K) if HAS_ENTER else empty_state(LANES, K)
-    b_x = dot_states(state, grad, K)
-    grad2 = load_state(d_enter_ptr, p_second, m_lane, K) if HAS_D_ENTER and BOTH else empty_state(LANES, K)
-    b_x2 = dot_states(state2, grad2, K)
+    state = load_state(enter_ptr, p_state, m_lane, V) if HAS_ENTER else empty_state(LANES, K, V)
+    b_x = dot_states(state, grad, V)
+    grad2 = load_state(d_enter_ptr, p_second, m_lane, V) if HAS_D_ENTER and BOTH else empty_state(LANES, K, V)
+    b_x2 = dot_states(state2, grad2, V)
     b_dlb = tl.zeros([LANES, K], dtype=tl.float32)
+    q = load_rows(p_q, 0, q_stride_t, real, L, 0.0, V, UNROLL, FLIP)
+    f = load_rows(p_f, 0, f_stride_t, real, L, 100.0, V, UNROLL, FLIP)
+    v = load_rows(p_v, 0, v_stride_t, real, L, 0.0, V, UNROLL, FLIP)
+    do = load_rows(p_do, 0, do_stride_t, real, L, 0.0, V, UNROLL, FLIP)
+    if BLOCK:
+        grad = load_checkpoint(dk_ptr + p_scratch, L // UNROLL - 1, K, V, LANES)
+        state2 = load_checkpoint(dq2_ptr + p_scratch, L // UNROLL - 1, K, V, LANES) if BOTH else grad
+        dk = q
+        dq2 = q
+    else:
+        dk = load_scratch(dk_ptr + p_scratch, 0, L, K, LANES, UNROLL, FLIP)
+        dq2 = load_scratch(dq2_ptr + p_scratch, 0, L, K, LANES, UNROLL, FLIP) if BOTH else dk
     for i in tl.range(0, L, UNROLL):
-        q = load_rows(p_q, i, q_stride_t, real, L, 0.0, K, UNROLL, FLIP)
-        f = load_rows(p_f, i, f_stride_t, real, L, 100.0, K, UNROLL, FLIP)
-        v = load_rows(p_v, i, v_stride_t, real, L, 0.0, K, UNROLL, FLIP)
-        do = load_rows(p_do, i, do_stride_t, real, L, 0.0, K, UNROLL, FLIP)
-        held = (
-            load_rows(dv_ptr + p_grad, i, g_stride_t, real, L, 0.0, K, UNROLL, FLIP)
-            if ADD or (BOTH and not BLOCK)
-            else q
-        )
-        dq = load_rows(dq_ptr + p_grad, i, g_stride_t, real, L, 0.0, K, UNROLL, FLIP) if ADD else q
-        df = load_rows(df_ptr + p_grad, i, g_stride_t, real, L, 0.0, K, UNROLL, FLIP) if ADD else q
+        next_q = load_rows(p_q, i + UNROLL, q_stride_t, real, L, 0.0, V, UNROLL, FLIP)
+        next_f = load_rows(p_f, i + UNROLL, f_stride_t, real, L, 100.0, V, UNROLL, FLIP)
+        next_v = load_rows(p_v, i + UNROLL, v_stride_t, real, L, 0.0, V, UNROLL, FLIP)
+        next_do = load_rows(p_do, i + UNROLL, do_stride_t, real, L, 0.0, V, UNROLL, FLIP)
+        held = load_rows(p_dv, i, g_stride_t, real, L, 0.0, V, UNROLL, FLIP) if ADD or (BOTH and not BLOCK) else v
+        dq = load_rows(dq_ptr + p_grad, i, g_stride_t, real, L, 0.0, V, UNROLL, FLIP) if ADD else q
+        df = load_rows(df_ptr + p_grad, i, g_stride_t, real, L, 0.0, V, UNROLL, FLIP) if ADD else q
         if BLOCK:
+            next_grad = load_checkpoint(dk_ptr + p_scratch, (L - i) // UNROLL - 2, K, V, LANES)
+            next_state2 = (
+                load_checkpoint(dq2_ptr + p_scratch, (L - i) // UNROLL - 2, K, V, LANES) if BOTH else next_grad
+            )
             # the first loop's tokens once more, from where it passed
-            grad = load_checkpoint(dk_ptr + p_scratch, (L - UNROLL - i) // UNROLL, K, LANES)
-            if BOTH:
-                state2 = load_checkpoint(dq2_ptr + p_scratch, (L - UNROLL - i) // UNROLL, K, LANES)
-            dk = ()
-            dq2 = ()
-            dv = ()
+            before_dk = ()
+            before_dq2 = ()
+            before_dv = ()
             for u in tl.static_range(UNROLL - 1, -1, -1):
                 m = (place(i + u, L, FLIP) < real)[:, None]
                 b_v = activated(v[u], m, V_ACT)
                 b_do = do[u].to(tl.float32)
                 _sigma, _minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB)
                 lam = tl.where(m, lam, 1.0)
-                dk = (dot_values(grad, b_v, K),) + dk
-                grad = add_outer(grad, activated(q[u], m, Q_ACT), b_do, K)
-                dv = (dot_keys(grad, b_k, K),) + dv
-                grad = scaled(grad, lam, K)
+                before_dk = (dot_values(grad, b_v, V),) + before_dk
+                grad = add_outer(grad, activated(q[u], m, Q_ACT), b_do, V)
+                before_dv = (dot_keys(grad, b_k, V),) + before_dv
+                grad = scaled(grad, lam, V)
                 if BOTH:
-                    state2 = scaled(state2, lam, K)
-                    dq2 = (dot_values(state2, b_do, K),) + dq2
-                    state2 = add_outer(state2, b_k, b_v, K)
+                    state2 = scaled(state2, lam, V)
+                    before_dq2 = (dot_values(state2, b_do, V),) + before_dq2
+                    state2 = add_outer(state2, b_k, b_v, V)
         else:
-            dk = load_scratch(dk_ptr + p_scratch, i, L, K, LANES, UNROLL, FLIP)
-            dq2 = load_scratch(dq2_ptr + p_scratch, i, L, K, LANES, UNROLL, FLIP) if BOTH else dk
+            next_dk = load_scratch(dk_ptr + p_scratch, i + UNROLL, L, K, LANES, UNROLL, FLIP)
+            next_dq2 = load_scratch(dq2_ptr + p_scratch, i + UNROLL, L, K, LANES, UNROLL, FLIP) if BOTH else next_dk
+            before_dk = dk
+            before_dq2 = dq2
         for u in tl.static_range(UNROLL):
             t = place(i + u, L, FLIP)
             m = (t < real)[:, None]
             m_out = (t < stored)[:, None]
-            b_dk = dk[u]
+            b_dk = before_dk[u]
             b_q = activated(q[u], m, Q_ACT)
             b_v = activated(v[u], m, V_ACT)
             b_do = do[u].to(tl.float32)
             sigma, minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB)
             lam = tl.where(m, lam, 1.0)
-            state = scaled(state, lam, K)
-            b_dq = dot_values(state, b_do, K)
-            state = add_outer(state, b_k, b_v, K)
+            state = scaled(state, lam, V)
+            b_dq = dot_values(state, b_do, V)
+            state = add_outer(state, b_k, b_v, V)
             b_dlog = b_x
             b_x += b_k * b_dk - b_q * b_dq
             b_diag = tl.sum(b_v * b_do, axis=1)[:, None]
             if BOTH:
-                b_dq2 = dq2[u]
-                b_dk2 = dot_values(grad2, b_v, K)
+                b_dq2 = before_dq2[u]
+                b_dk2 = dot_values(grad2, b_v, V)
                 b_x2 += b_q * b_dq2 - b_k * b_dk2
                 b_dlog += b_x2
                 b_dq += b_dq2
                 b_dk += b_dk2
                 b_diag = 2.0 * b_diag
-                grad2 = add_outer(grad2, b_q, b_do, K)
-                b_dv = dot_keys(grad2, b_k, K)
-                grad2 = scaled(grad2, lam, K)
+                grad2 = add_outer(grad2, b_q, b_do, V)
+                b_dv = over_head(dot_keys(grad2, b_k, V), PARTS)
+                grad2 = scaled(grad2, lam, V)
             if BOTH or BLOCK:
                 if BLOCK:
-                    b_dv = dv[u] + b_dv if BOTH else dv[u]
+                    b_dv = before_dv[u] + b_dv if BOTH else before_dv[u]
                 if V_ACT != 0:
                     b_dv = tl.where(m, b_dv * activate_grad_tile(v[u].to(tl.float32), V_ACT), 0.0)
                 if ADD or not BLOCK:
                     b_dv += held[u].to(tl.float32)
-                tl.store(dv_ptr + p_grad + t * g_stride_t * K, b_dv.to(dv_ptr.dtype.element_ty), mask=m_out)
+                tl.store(p_dv + t * g_stride_t * V, b_dv.to(dv_ptr.dtype.element_ty), mask=m_out & m_own)
             b_dq += b_diag * b_k
             b_dk += b_diag * b_q
             if Q_ACT != 0:
@@ -211,7 +232,17 @@ def scan_grad_kernel(
             if ADD:
                 b_dq += dq[u].to(tl.float32)
                 b_df += df[u].to(tl.float32)
-            tl.store(dq_ptr + p_grad + t * g_stride_t * K, b_dq.to(dq_ptr.dtype.element_ty), mask=m_out)
-            tl.store(df_ptr + p_grad + t * g_stride_t * K, b_df.to(df_ptr.dtype.element_ty), mask=m_out)
+            tl.store(dq_ptr + p_grad + t * g_stride_t * V, b_dq.to(dq_ptr.dtype.element_ty), mask=m_out)
+            tl.store(df_ptr + p_grad + t * g_stride_t * V, b_df.to(df_ptr.dtype.element_ty), mask=m_out)
+        q = next_q
+        f = next_f
+        v = next_v
+        do = next_do
+        if BLOCK:
+            grad = next_grad
+            state2 = next_state2
+        else:
+            dk = next_dk
+            dq2 = next_dq2
     if LB_GRAD:
-        tl.store(dlb_ptr + (c * H + head)[:, None] * K + o_k, b_dlb, mask=m_lane)
+        tl.store(dlb_ptr + (c * H + head)[:, None] * V + o_k, b_dlb, mask=m_lane)

@@ -1,10 +1,11 @@
 """What the Triton kernels for small states share: lanes, their tokens, and K x V states in registers. Head dims 1 to 8.
 
-Shapes: B batch, T time, H heads, K = V head dim, L tokens a segment, NC segments in all.
+Shapes: B batch, T time, H heads, V head dim, K key channels a lane, L tokens a segment, NC segments in all.
 
-One thread, a *lane*, owns one head of one segment of a line (a sequence, a document, or a row or column of a grid): its
-K x V state is V tiles `[lanes, K]`, and every tile of q, f, v is `[lanes, K]`, so that a thread reads a head's K values
-at once and sums over K or V never leave it. Lanes run over heads first: neighbours read neighbouring memory.
+One thread, a *lane*, owns one head of one segment of a line (a sequence, a document, or a row or column of a grid), or
+K of its V key channels: two neighbours share a head of 8. The K x V state is V tiles `[lanes, K]`; tiles of q and f are
+`[lanes, K]`, those of v `[lanes, V]`, so that a thread reads its values at once and sums over V never leave it. Lanes
+run over heads first: neighbours read neighbouring memory.
 
 Kernels see a segment in the order of the scan ("oriented"): FLIP turns a reverse scan into a forward one. BOTH runs the
 opposite scan besides. The gradient of a state runs against its scan.
@@ -30,12 +31,12 @@ def strides_of(names: str) -> list[str]:
 
 
 @triton.jit
-def column(x, j, K: tl.constexpr):
-    """Column j (a constant) of x `[N, K]` as `[N, 1]`; a thread holds its row: zeros fold away, this costs nothing."""
-    if K == 1:
+def column(x, j, V: tl.constexpr):
+    """Column j (a constant) of x `[N, V]` as `[N, 1]`; a thread holds its row: zeros fold away, this costs nothing."""
+    if V == 1:
         y = x
     else:
-        here = tl.arange(0, K)[None, :] == j
+        here = tl.arange(0, V)[None, :] == j
         if _INTERPRET:
             y = tl.sum(tl.where(here, x, 0.0), axis=1)[:, None]
         else:
@@ -45,81 +46,104 @@ def column(x, j, K: tl.constexpr):
 
 
 @triton.jit
-def empty_state(N: tl.constexpr, K: tl.constexpr):
-    return (tl.zeros([N, K], dtype=tl.float32),) * K
+def empty_state(N: tl.constexpr, K: tl.constexpr, V: tl.constexpr):
+    return (tl.zeros([N, K], dtype=tl.float32),) * V
 
 
 @triton.jit
-def scaled(state, x, K: tl.constexpr):
+def scaled(state, x, V: tl.constexpr):
     """diag(x) S"""
     new = ()
-    for j in tl.static_range(K):
+    for j in tl.static_range(V):
         new = new + (state[j] * x,)
     return new
 
 
 @triton.jit
-def add_outer(state, x, y, K: tl.constexpr):
+def add_outer(state, x, y, V: tl.constexpr):
     """S + x (x) y"""
     new = ()
-    for j in tl.static_range(K):
-        new = new + (state[j] + x * column(y, j, K),)
+    for j in tl.static_range(V):
+        new = new + (state[j] + x * column(y, j, V),)
     return new
 
 
 @triton.jit
-def dot_values(state, y, K: tl.constexpr):
+def dot_values(state, y, V: tl.constexpr):
     """S y, over V: `[N, K]`"""
-    total = state[0] * column(y, 0, K)
-    for j in tl.static_range(1, K):
-        total += state[j] * column(y, j, K)
+    total = state[0] * column(y, 0, V)
+    for j in tl.static_range(1, V):
+        total += state[j] * column(y, j, V)
     return total
 
 
 @triton.jit
-def dot_keys(state, x, K: tl.constexpr):
-    """S^T x, over K: `[N, V]`"""
-    out = x
-    for j in tl.static_range(K):
-        out = tl.where(tl.arange(0, K)[None, :] == j, tl.sum(state[j] * x, axis=1)[:, None], out)
+def dot_keys(state, x, V: tl.constexpr):
+    """S^T x, over the lane's K: `[N, V]`"""
+    out = tl.zeros([x.shape[0], V], dtype=tl.float32)
+    for j in tl.static_range(V):
+        out = tl.where(tl.arange(0, V)[None, :] == j, tl.sum(state[j] * x, axis=1)[:, None], out)
     return out
 
 
 @triton.jit
-def dot_states(a, b, K: tl.constexpr):
+def over_head(x, PARTS: tl.constexpr):
+    """Sum of x `[N, V]` over the lanes that share a head, for each of them."""
+    if PARTS == 1:
+        y = x
+    else:
+        heads: tl.constexpr = x.shape[0] // PARTS
+        total = tl.sum(tl.reshape(x, [heads, PARTS, x.shape[1]]), axis=1, keep_dims=True)
+        y = tl.reshape(tl.broadcast_to(total, [heads, PARTS, x.shape[1]]), [x.shape[0], x.shape[1]])
+    return y
+
+
+@triton.jit
+def dot_states(a, b, V: tl.constexpr):
     """sum over V of A * B: `[N, K]`"""
     total = a[0] * b[0]
-    for j in tl.static_range(1, K):
+    for j in tl.static_range(1, V):
         total += a[j] * b[j]
     return total
 
 
 @triton.jit
-def load_state(ptr, p_state, mask, K: tl.constexpr):
-    """`[..., V, K]` at offsets p_state `[N, K]` of its first row."""
+def load_state(ptr, p_state, mask, V: tl.constexpr):
+    """States at offsets p_state `[N, K]` of their first rows, which are V values apart."""
     state = ()
-    for j in tl.static_range(K):
-        state = state + (tl.load(ptr + p_state + j * K, mask=mask, other=0.0),)
+    for j in tl.static_range(V):
+        state = state + (tl.load(ptr + p_state + j * V, mask=mask, other=0.0),)
     return state
 
 
 @triton.jit
-def store_state(ptr, p_state, state, mask, K: tl.constexpr):
-    for j in tl.static_range(K):
-        tl.store(ptr + p_state + j * K, state[j], mask=mask)
+def store_state(ptr, p_state, state, mask, V: tl.constexpr):
+    for j in tl.static_range(V):
+        tl.store(ptr + p_state + j * V, state[j], mask=mask)
+
+
+@triton.jit
+def program(ADD: tl.constexpr):
+    """Number of this program; a second axis begins where the first one ended, with what is still in the cache."""
+    pid = tl.program_id(0)
+    return tl.num_programs(0) - 1 - pid if ADD else pid
 
 
 @triton.jit
 def locate(
-    block, N, table_ptr, len_ptr, T, P, NS, L, H, LANES: tl.constexpr, VARLEN: tl.constexpr, HAS_LEN: tl.constexpr
+    block, N, table_ptr, len_ptr, T, P, NS, L, H, LANES: tl.constexpr, PARTS: tl.constexpr, VARLEN: tl.constexpr,
+    HAS_LEN: tl.constexpr,
 ):  # fmt: skip
-    """The lanes of a block: (inside the grid, segment, row, line in it, head, first token, stored and real tokens).
+    """The lanes of a block: (inside the grid, segment, row, line in it, head, which of its PARTS, first token, stored
+    and real tokens).
 
     All `[LANES]`; a line is number `line` of P in batch row `row`, cut into NS segments.
     """
     n = tl.cast(block, tl.int64) * LANES + tl.arange(0, LANES)
     inside = n < N
     n = tl.where(inside, n, 0)
+    part = n % PARTS
+    n = n // PARTS
     c = n // H
     head = n - c * H
     if VARLEN:
@@ -137,16 +161,20 @@ def locate(
     real = stored
     if HAS_LEN:
         real = tl.minimum(stored, tl.maximum(tl.load(len_ptr + row).to(tl.int32) - t0, 0))
-    return inside, c, row, line, head, t0, stored, real
+    return inside, c, row, line, head, part, t0, stored, real
 
 
 @triton.jit
 def tile_at(
-    row, line, head, t0, stride_b, stride_p, stride_t, stride_h, K: tl.constexpr, WIDTH: tl.constexpr
+    row, line, head, part, t0, stride_b, stride_p, stride_t, stride_h, K: tl.constexpr, V: tl.constexpr
 ):  # fmt: skip
-    """Offsets `[LANES, K]` of each lane's first token; strides count WIDTH values: loads are then known to be wide."""
+    """Offsets `[LANES, K]` of K of V channels at each lane's first token.
+
+    Strides count V values: loads are then known to be wide.
+    """
     first = row * stride_b + line * stride_p + t0.to(tl.int64) * stride_t + head * stride_h
-    return (first * WIDTH)[:, None] + tl.arange(0, K)[None, :]
+    first = first * V + part * K if K < V else first * V
+    return first[:, None] + tl.arange(0, K)[None, :]
 
 
 @triton.jit
@@ -156,12 +184,14 @@ def place(i, L, FLIP: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptr, i, stride, rows, L, other, K: tl.constexpr, UNROLL: tl.constexpr, FLIP: tl.constexpr):
-    """Tiles of UNROLL tokens from the i-th on: all on their way before the first is used."""
+def load_rows(ptr, i, stride, rows, L, other, V: tl.constexpr, UNROLL: tl.constexpr, FLIP: tl.constexpr):
+    """Tiles of UNROLL tokens from the i-th on, `other` beyond the segment: all on their way before one is used."""
     tiles = ()
     for u in tl.static_range(UNROLL):
         t = place(i + u, L, FLIP)
-        tiles = tiles + (tl.load(ptr + t * stride * K, mask=(t < rows)[:, None], other=other),)
+        if FLIP:
+            t = tl.where(t >= 0, t, L)
+        tiles = tiles + (tl.load(ptr + t * stride * V, mask=(t < rows)[:, None], other=other),)
     return tiles
 
 
@@ -175,50 +205,34 @@ def activated(x, mask, ACT: tl.constexpr):
 
 
 @triton.jit
-def scratch_at(rows, K: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr):
-    """Offsets of this program's scratch, `[rows, LANES, WIDTH]`."""
-    first = tl.program_id(0).to(tl.int64) * rows * LANES + tl.arange(0, LANES)
-    return (first * WIDTH)[:, None] + tl.arange(0, K)[None, :]
+def scratch_at(block, rows, K: tl.constexpr, LANES: tl.constexpr):
+    """Offsets of a block's scratch, `[rows, LANES, K]`."""
+    first = tl.cast(block, tl.int64) * rows * LANES + tl.arange(0, LANES)
+    return (first * K)[:, None] + tl.arange(0, K)[None, :]
 
 
 @triton.jit
-def store_checkpoint(ptr, index, state, K: tl.constexpr, LANES: tl.constexpr):
+def store_checkpoint(ptr, index, state, K: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr):
     """Keep all lanes' states in scratch `[., LANES, K]`, V rows of it."""
-    for j in tl.static_range(K):
-        tl.store(ptr + (index * K + j) * (LANES * K), state[j])
+    for j in tl.static_range(V):
+        tl.store(ptr + (index * V + j) * (LANES * K), state[j])
 
 
 @triton.jit
-def load_checkpoint(ptr, index, K: tl.constexpr, LANES: tl.constexpr):
+def load_checkpoint(ptr, index, K: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr):
+    """States kept as number `index`; the first ones in the place of any before them."""
+    index = tl.maximum(index, 0)
     state = ()
-    for j in tl.static_range(K):
-        state = state + (tl.load(ptr + (index * K + j) * (LANES * K)),)
+    for j in tl.static_range(V):
+        state = state + (tl.load(ptr + (index * V + j) * (LANES * K)),)
     return state
 
 
 @triton.jit
-def store_scratch(ptr, t, x, K: tl.constexpr, LANES: tl.constexpr):
-    """Keep the fp32 tile of token t. One of eight columns is stored in two 16-bit halves, upper and lower: a thread
-    stores 16 bytes at most, and a tile spread over more threads would have to be moved between them."""
-    if K == 8:
-        bits = x.to(tl.int32, bitcast=True)
-        tl.store(ptr + t * (2 * K * LANES), (bits >> 16).to(tl.int16))
-        tl.store(ptr + t * (2 * K * LANES) + K, bits.to(tl.int16))
-    else:
-        tl.store(ptr + t * (K * LANES), x)
-
-
-@triton.jit
 def load_scratch(ptr, i, L, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, FLIP: tl.constexpr):
-    """What `store_scratch` kept of UNROLL tokens from the i-th on."""
+    """Scratch of UNROLL tokens from the i-th on; that of the segment's ends in the place of any beyond."""
     tiles = ()
     for u in tl.static_range(UNROLL):
-        t = place(i + u, L, FLIP)
-        if K == 8:
-            upper = tl.load(ptr + t * (2 * K * LANES))
-            lower = tl.load(ptr + t * (2 * K * LANES) + K)
-            x = ((upper.to(tl.int32) << 16) | (lower.to(tl.int32) & 0xFFFF)).to(tl.float32, bitcast=True)
-        else:
-            x = tl.load(ptr + t * (K * LANES))
-        tiles = tiles + (x,)
+        t = tl.maximum(place(i + u, L, FLIP), 0) if FLIP else tl.minimum(i + u, L - 1)
+        tiles = tiles + (tl.load(ptr + t * (K * LANES)),)
     return tiles

@@ -17,7 +17,9 @@ from hgrn2.ops.scan_common import (
     load_rows,
     load_state,
     locate,
+    over_head,
     place,
+    program,
     scaled,
     scratch_at,
     store_checkpoint,
@@ -33,32 +35,36 @@ def scan_segment_kernel(
     f_stride_b, f_stride_p, f_stride_t, f_stride_h, x_stride_b, x_stride_p, x_stride_t, x_stride_h,
     y_stride_b, y_stride_p, y_stride_t, y_stride_h,
     N, T, P, NS, NC, L, H,
-    K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, GRAD: tl.constexpr, FLIP: tl.constexpr,
-    BOTH: tl.constexpr, VARLEN: tl.constexpr, HAS_LEN: tl.constexpr, HAS_LB: tl.constexpr, X_ACT: tl.constexpr,
-    Y_ACT: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, GRAD: tl.constexpr,
+    FLIP: tl.constexpr, BOTH: tl.constexpr, VARLEN: tl.constexpr, HAS_LEN: tl.constexpr, HAS_LB: tl.constexpr,
+    X_ACT: tl.constexpr, Y_ACT: tl.constexpr,
 ):  # fmt: skip
-    """Each segment's own contribution to the state that leaves it, and its total decay `[NC, H, K]`.
+    """Each segment's own contribution to the state that leaves it, and its total decay `[NC, H, V]`.
 
     y is v and x is not read (GRAD: do and q: contributions to the states' gradients). What leaves against the order of
     the loop is summed under the product P of the decays so far.
     """
-    inside, c, row, line, head, t0, _stored, real = locate(
-        tl.program_id(0), N, table_ptr, len_ptr, T, P, NS, L, H, LANES, VARLEN, HAS_LEN
+    inside, c, row, line, head, part, t0, _stored, real = locate(
+        tl.program_id(0), N, table_ptr, len_ptr, T, P, NS, L, H, LANES, V // K, VARLEN, HAS_LEN
     )
     m_lane = inside[:, None]
-    o_k = tl.arange(0, K)[None, :]
-    gamma = tl.load(lb_ptr + head[:, None] * K + o_k) if HAS_LB else 0.0
-    p_f = f_ptr + tile_at(row, line, head, t0, f_stride_b, f_stride_p, f_stride_t, f_stride_h, K, K)
-    p_y = y_ptr + tile_at(row, line, head, t0, y_stride_b, y_stride_p, y_stride_t, y_stride_h, K, K)
+    o_k = part[:, None] * K + tl.arange(0, K)[None, :]
+    gamma = tl.load(lb_ptr + head[:, None] * V + o_k) if HAS_LB else 0.0
+    p_f = f_ptr + tile_at(row, line, head, part, t0, f_stride_b, f_stride_p, f_stride_t, f_stride_h, K, V)
+    p_y = y_ptr + tile_at(row, line, head, part, t0, y_stride_b, y_stride_p, y_stride_t, y_stride_h, V, V)
     if GRAD:
-        p_x = x_ptr + tile_at(row, line, head, t0, x_stride_b, x_stride_p, x_stride_t, x_stride_h, K, K)
-    along = empty_state(LANES, K)
-    against = empty_state(LANES, K)
+        p_x = x_ptr + tile_at(row, line, head, part, t0, x_stride_b, x_stride_p, x_stride_t, x_stride_h, K, V)
+    along = empty_state(LANES, K, V)
+    against = empty_state(LANES, K, V)
     decay = tl.zeros([LANES, K], dtype=tl.float32) + 1.0
+    f = load_rows(p_f, 0, f_stride_t, real, L, 100.0, V, UNROLL, FLIP)
+    y = load_rows(p_y, 0, y_stride_t, real, L, 0.0, V, UNROLL, FLIP)
+    x = load_rows(p_x, 0, x_stride_t, real, L, 0.0, V, UNROLL, FLIP) if GRAD else f
     for i in tl.range(0, L, UNROLL):
-        f = load_rows(p_f, i, f_stride_t, real, L, 100.0, K, UNROLL, FLIP)
-        y = load_rows(p_y, i, y_stride_t, real, L, 0.0, K, UNROLL, FLIP)
-        x = load_rows(p_x, i, x_stride_t, real, L, 0.0, K, UNROLL, FLIP) if GRAD else f
+        # the next tokens are on their way while these are worked on
+        next_f = load_rows(p_f, i + UNROLL, f_stride_t, real, L, 100.0, V, UNROLL, FLIP)
+        next_y = load_rows(p_y, i + UNROLL, y_stride_t, real, L, 0.0, V, UNROLL, FLIP)
+        next_x = load_rows(p_x, i + UNROLL, x_stride_t, real, L, 0.0, V, UNROLL, FLIP) if GRAD else next_f
         for u in tl.static_range(UNROLL):
             m = (place(i + u, L, FLIP) < real)[:, None]
             _sigma, _minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB)
@@ -67,21 +73,24 @@ def scan_segment_kernel(
             if GRAD:
                 b_x = activated(x[u], m, X_ACT)
                 decay = decay * lam
-                against = add_outer(against, decay * b_x, b_y, K)
+                against = add_outer(against, decay * b_x, b_y, V)
                 if BOTH:
-                    along = scaled(add_outer(along, b_x, b_y, K), lam, K)
+                    along = scaled(add_outer(along, b_x, b_y, V), lam, V)
             else:
-                along = add_outer(scaled(along, lam, K), b_k, b_y, K)
+                along = add_outer(scaled(along, lam, V), b_k, b_y, V)
                 if BOTH:
-                    against = add_outer(against, decay * b_k, b_y, K)
+                    against = add_outer(against, decay * b_k, b_y, V)
                 decay = decay * lam
-    p_head = (c * H + head)[:, None] * K + o_k
-    p_state = (c * H + head)[:, None] * K * K + o_k
+        f = next_f
+        y = next_y
+        x = next_x
+    p_head = (c * H + head)[:, None] * V + o_k
+    p_state = (c * H + head)[:, None] * V * V + o_k
     tl.store(decay_ptr + p_head, decay, mask=m_lane)
-    second = own_ptr + NC.to(tl.int64) * H * K * K
-    store_state(own_ptr, p_state, against if GRAD else along, m_lane, K)
+    second = own_ptr + NC.to(tl.int64) * H * V * V
+    store_state(own_ptr, p_state, against if GRAD else along, m_lane, V)
     if BOTH:
-        store_state(second, p_state, along if GRAD else against, m_lane, K)
+        store_state(second, p_state, along if GRAD else against, m_lane, V)
 
 
 @triton.jit(do_not_specialize=["N", "NS", "NC", "H"])
@@ -143,27 +152,36 @@ def scan_carry_kernel(
 
 @triton.jit
 def _out_pass(
-    state, p_q, p_f, p_v, p_o, gamma, q_stride_t, f_stride_t, v_stride_t, o_stride_t, stored, real, L,
-    K: tl.constexpr, UNROLL: tl.constexpr, FLIP: tl.constexpr, ADD: tl.constexpr, HAS_LB: tl.constexpr,
-    Q_ACT: tl.constexpr, V_ACT: tl.constexpr,
+    state, p_q, p_f, p_v, p_o, m_own, gamma, q_stride_t, f_stride_t, v_stride_t, o_stride_t, stored, real, L,
+    K: tl.constexpr, V: tl.constexpr, UNROLL: tl.constexpr, FLIP: tl.constexpr, ADD: tl.constexpr,
+    HAS_LB: tl.constexpr, Q_ACT: tl.constexpr, V_ACT: tl.constexpr,
 ):  # fmt: skip
     """Run one scan over the lanes' segments; ADD: on top of what o holds. Returns the states that leave."""
+    q = load_rows(p_q, 0, q_stride_t, real, L, 0.0, V, UNROLL, FLIP)
+    f = load_rows(p_f, 0, f_stride_t, real, L, 100.0, V, UNROLL, FLIP)
+    v = load_rows(p_v, 0, v_stride_t, real, L, 0.0, V, UNROLL, FLIP)
+    before = load_rows(p_o, 0, o_stride_t, real, L, 0.0, V, UNROLL, FLIP) if ADD else v
     for i in tl.range(0, L, UNROLL):
-        q = load_rows(p_q, i, q_stride_t, real, L, 0.0, K, UNROLL, FLIP)
-        f = load_rows(p_f, i, f_stride_t, real, L, 100.0, K, UNROLL, FLIP)
-        v = load_rows(p_v, i, v_stride_t, real, L, 0.0, K, UNROLL, FLIP)
-        before = load_rows(p_o, i, o_stride_t, real, L, 0.0, K, UNROLL, FLIP) if ADD else q
+        # the next tokens are on their way while these are worked on
+        next_q = load_rows(p_q, i + UNROLL, q_stride_t, real, L, 0.0, V, UNROLL, FLIP)
+        next_f = load_rows(p_f, i + UNROLL, f_stride_t, real, L, 100.0, V, UNROLL, FLIP)
+        next_v = load_rows(p_v, i + UNROLL, v_stride_t, real, L, 0.0, V, UNROLL, FLIP)
+        next_before = load_rows(p_o, i + UNROLL, o_stride_t, real, L, 0.0, V, UNROLL, FLIP) if ADD else next_v
         for u in tl.static_range(UNROLL):
             t = place(i + u, L, FLIP)
             m = (t < real)[:, None]
             b_q = activated(q[u], m, Q_ACT)
             b_v = activated(v[u], m, V_ACT)
             _sigma, _minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB)
-            state = add_outer(scaled(state, tl.where(m, lam, 1.0), K), b_k, b_v, K)
-            b_o = dot_keys(state, b_q, K)
+            state = add_outer(scaled(state, tl.where(m, lam, 1.0), V), b_k, b_v, V)
+            b_o = over_head(dot_keys(state, b_q, V), V // K)
             if ADD:
                 b_o += before[u].to(tl.float32)
-            tl.store(p_o + t * o_stride_t * K, b_o.to(p_o.dtype.element_ty), mask=(t < stored)[:, None])
+            tl.store(p_o + t * o_stride_t * V, b_o.to(p_o.dtype.element_ty), mask=(t < stored)[:, None] & m_own)
+        q = next_q
+        f = next_f
+        v = next_v
+        before = next_before
     return state
 
 
@@ -174,21 +192,30 @@ def _out_both(
     HAS_LB: tl.constexpr, Q_ACT: tl.constexpr, V_ACT: tl.constexpr,
 ):  # fmt: skip
     """Both scans: the opposite one leaves its states at every UNROLL tokens, from which the second loop takes it up."""
+    f = load_rows(p_f, 0, f_stride_t, real, L, 100.0, K, UNROLL, not FLIP)
+    v = load_rows(p_v, 0, v_stride_t, real, L, 0.0, K, UNROLL, not FLIP)
     for i in tl.range(0, L, UNROLL):
-        f = load_rows(p_f, i, f_stride_t, real, L, 100.0, K, UNROLL, not FLIP)
-        v = load_rows(p_v, i, v_stride_t, real, L, 0.0, K, UNROLL, not FLIP)
-        store_checkpoint(p_scratch, i // UNROLL, state2, K, LANES)
+        next_f = load_rows(p_f, i + UNROLL, f_stride_t, real, L, 100.0, K, UNROLL, not FLIP)
+        next_v = load_rows(p_v, i + UNROLL, v_stride_t, real, L, 0.0, K, UNROLL, not FLIP)
+        store_checkpoint(p_scratch, i // UNROLL, state2, K, K, LANES)
         for u in tl.static_range(UNROLL):
             m = (place(i + u, L, not FLIP) < real)[:, None]
             _sigma, _minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB)
             state2 = add_outer(scaled(state2, tl.where(m, lam, 1.0), K), b_k, activated(v[u], m, V_ACT), K)
+        f = next_f
+        v = next_v
     tl.debug_barrier()
+    q = load_rows(p_q, 0, q_stride_t, real, L, 0.0, K, UNROLL, FLIP)
+    f = load_rows(p_f, 0, f_stride_t, real, L, 100.0, K, UNROLL, FLIP)
+    v = load_rows(p_v, 0, v_stride_t, real, L, 0.0, K, UNROLL, FLIP)
+    before = load_rows(p_o, 0, o_stride_t, real, L, 0.0, K, UNROLL, FLIP) if ADD else v
+    state2 = load_checkpoint(p_scratch, L // UNROLL - 1, K, K, LANES)
     for i in tl.range(0, L, UNROLL):
-        q = load_rows(p_q, i, q_stride_t, real, L, 0.0, K, UNROLL, FLIP)
-        f = load_rows(p_f, i, f_stride_t, real, L, 100.0, K, UNROLL, FLIP)
-        v = load_rows(p_v, i, v_stride_t, real, L, 0.0, K, UNROLL, FLIP)
-        before = load_rows(p_o, i, o_stride_t, real, L, 0.0, K, UNROLL, FLIP) if ADD else q
-        state2 = load_checkpoint(p_scratch, (L - UNROLL - i) // UNROLL, K, LANES)
+        next_q = load_rows(p_q, i + UNROLL, q_stride_t, real, L, 0.0, K, UNROLL, FLIP)
+        next_f = load_rows(p_f, i + UNROLL, f_stride_t, real, L, 100.0, K, UNROLL, FLIP)
+        next_v = load_rows(p_v, i + UNROLL, v_stride_t, real, L, 0.0, K, UNROLL, FLIP)
+        next_before = load_rows(p_o, i + UNROLL, o_stride_t, real, L, 0.0, K, UNROLL, FLIP) if ADD else next_v
+        next_state2 = load_checkpoint(p_scratch, (L - i) // UNROLL - 2, K, K, LANES)
         opposite = ()
         for u in tl.static_range(UNROLL - 1, -1, -1):
             m = (place(i + u, L, FLIP) < real)[:, None]
@@ -204,6 +231,11 @@ def _out_both(
             if ADD:
                 b_o += before[u].to(tl.float32)
             tl.store(p_o + t * o_stride_t * K, b_o.to(p_o.dtype.element_ty), mask=(t < stored)[:, None])
+        q = next_q
+        f = next_f
+        v = next_v
+        before = next_before
+        state2 = next_state2
 
 
 @triton.jit(do_not_specialize=SIZES + strides_of("q f v o"))
@@ -212,46 +244,47 @@ def scan_out_kernel(
     q_stride_b, q_stride_p, q_stride_t, q_stride_h, f_stride_b, f_stride_p, f_stride_t, f_stride_h,
     v_stride_b, v_stride_p, v_stride_t, v_stride_h, o_stride_b, o_stride_p, o_stride_t, o_stride_h,
     N, T, P, NS, NC, L, H,
-    K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, FLIP: tl.constexpr, BOTH: tl.constexpr,
-    VARLEN: tl.constexpr, HAS_LEN: tl.constexpr, HAS_LB: tl.constexpr, Q_ACT: tl.constexpr, V_ACT: tl.constexpr,
-    ADD: tl.constexpr, BLOCK: tl.constexpr, HAS_ENTER: tl.constexpr, HAS_LEAVE: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, FLIP: tl.constexpr,
+    BOTH: tl.constexpr, VARLEN: tl.constexpr, HAS_LEN: tl.constexpr, HAS_LB: tl.constexpr, Q_ACT: tl.constexpr,
+    V_ACT: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, HAS_ENTER: tl.constexpr, HAS_LEAVE: tl.constexpr,
 ):  # fmt: skip
     """Outputs of each segment from the states that enter it; ADD: on top of what o holds.
 
-    BLOCK (with BOTH): the opposite scan runs twice, so that outputs are written once.
+    BLOCK (with BOTH, V = K): the opposite scan runs twice, so that outputs are written once.
     """
-    inside, c, row, line, head, t0, stored, real = locate(
-        tl.program_id(0), N, table_ptr, len_ptr, T, P, NS, L, H, LANES, VARLEN, HAS_LEN
+    inside, c, row, line, head, part, t0, stored, real = locate(
+        program(ADD), N, table_ptr, len_ptr, T, P, NS, L, H, LANES, V // K, VARLEN, HAS_LEN
     )
     m_lane = inside[:, None]
-    o_k = tl.arange(0, K)[None, :]
-    gamma = tl.load(lb_ptr + head[:, None] * K + o_k) if HAS_LB else 0.0
-    p_q = q_ptr + tile_at(row, line, head, t0, q_stride_b, q_stride_p, q_stride_t, q_stride_h, K, K)
-    p_f = f_ptr + tile_at(row, line, head, t0, f_stride_b, f_stride_p, f_stride_t, f_stride_h, K, K)
-    p_v = v_ptr + tile_at(row, line, head, t0, v_stride_b, v_stride_p, v_stride_t, v_stride_h, K, K)
-    p_o = o_ptr + tile_at(row, line, head, t0, o_stride_b, o_stride_p, o_stride_t, o_stride_h, K, K)
-    p_state = (c * H + head)[:, None] * K * K + o_k
-    state = load_state(enter_ptr, p_state, m_lane, K) if HAS_ENTER else empty_state(LANES, K)
-    p_second = p_state + NC.to(tl.int64) * H * K * K
+    m_own = (part == 0)[:, None]  # one lane of a head writes its outputs
+    o_k = part[:, None] * K + tl.arange(0, K)[None, :]
+    gamma = tl.load(lb_ptr + head[:, None] * V + o_k) if HAS_LB else 0.0
+    p_q = q_ptr + tile_at(row, line, head, part, t0, q_stride_b, q_stride_p, q_stride_t, q_stride_h, K, V)
+    p_f = f_ptr + tile_at(row, line, head, part, t0, f_stride_b, f_stride_p, f_stride_t, f_stride_h, K, V)
+    p_v = v_ptr + tile_at(row, line, head, part, t0, v_stride_b, v_stride_p, v_stride_t, v_stride_h, V, V)
+    p_o = o_ptr + tile_at(row, line, head, part, t0, o_stride_b, o_stride_p, o_stride_t, o_stride_h, V, V)
+    p_state = (c * H + head)[:, None] * V * V + o_k
+    state = load_state(enter_ptr, p_state, m_lane, V) if HAS_ENTER else empty_state(LANES, K, V)
+    p_second = p_state + NC.to(tl.int64) * H * V * V
     if BLOCK:
-        state2 = load_state(enter_ptr, p_second, m_lane, K) if HAS_ENTER else empty_state(LANES, K)
-        p_scratch = scratch_ptr + scratch_at(L // UNROLL * K, K, K, LANES)
+        state2 = load_state(enter_ptr, p_second, m_lane, K) if HAS_ENTER else empty_state(LANES, K, K)
+        p_scratch = scratch_ptr + scratch_at(program(ADD), L // UNROLL * K, K, LANES)
         _out_both(
             state, state2, p_q, p_f, p_v, p_o, p_scratch, gamma, q_stride_t, f_stride_t, v_stride_t, o_stride_t,
             stored, real, L, K, LANES, UNROLL, FLIP, ADD, HAS_LB, Q_ACT, V_ACT,
         )  # fmt: skip
     else:
         state = _out_pass(
-            state, p_q, p_f, p_v, p_o, gamma, q_stride_t, f_stride_t, v_stride_t, o_stride_t, stored, real, L,
-            K, UNROLL, FLIP, ADD, HAS_LB, Q_ACT, V_ACT,
+            state, p_q, p_f, p_v, p_o, m_own, gamma, q_stride_t, f_stride_t, v_stride_t, o_stride_t, stored, real, L,
+            K, V, UNROLL, FLIP, ADD, HAS_LB, Q_ACT, V_ACT,
         )  # fmt: skip
         if HAS_LEAVE:
-            store_state(leave_ptr, p_state, state, m_lane, K)
+            store_state(leave_ptr, p_state, state, m_lane, V)
         if BOTH:
-            # a token's sum may be written and read by different threads where K values are more than 16 bytes
+            # a token's sum may be written and read by different threads
             tl.debug_barrier()
-            state = load_state(enter_ptr, p_second, m_lane, K) if HAS_ENTER else empty_state(LANES, K)
+            state = load_state(enter_ptr, p_second, m_lane, V) if HAS_ENTER else empty_state(LANES, K, V)
             _out_pass(
-                state, p_q, p_f, p_v, p_o, gamma, q_stride_t, f_stride_t, v_stride_t, o_stride_t, stored, real, L,
-                K, UNROLL, not FLIP, True, HAS_LB, Q_ACT, V_ACT,
+                state, p_q, p_f, p_v, p_o, m_own, gamma, q_stride_t, f_stride_t, v_stride_t, o_stride_t, stored, real,
+                L, K, V, UNROLL, not FLIP, True, HAS_LB, Q_ACT, V_ACT,
             )  # fmt: skip

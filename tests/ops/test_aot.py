@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton")
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 FP32 = {
     "total_ptr", "lb_ptr", "init_ptr", "final_ptr", "seg_ptr", "decay_ptr", "dlb_ptr", "diag_ptr", "qf_ptr",
-    "state_ptr", "own_ptr", "enter_ptr", "d_enter_ptr", "scratch_ptr",
+    "state_ptr", "own_ptr", "enter_ptr", "d_enter_ptr", "scratch_ptr", "dk_ptr", "dq2_ptr",
 }  # fmt: skip
 INT32 = {"safe_ptr", "table_ptr", "len_ptr"}
 PRODUCT = {"qx_ptr", "kx_ptr", "ex_ptr", "x_ptr", "states_ptr", "dstates_ptr", "a_ptr", "da_ptr"}
@@ -77,8 +77,6 @@ def compile_for(capability: int, kernel, dtype: torch.dtype, constants: dict, ab
             kind = "fp32" if name in FP32 else "i32" if name in INT32 else product if name in PRODUCT else NAMES[dtype]
             if name == "x_ptr" and constants.get("EXACT"):
                 kind = "fp32"
-            if name in ("dk_ptr", "dq2_ptr"):  # scratch of `scan`
-                kind = "i16" if constants["K"] == 8 and not constants["BLOCK"] else "fp32"
             signature[name] = "*" + ("bf16" if name == "mask_ptr" else kind)
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
