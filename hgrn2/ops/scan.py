@@ -27,7 +27,7 @@ _WANTED = {1: 512, 2: 512, 4: 512, 8: 512}
 _MIN_SEGMENT = 16
 _MAX_SEGMENT = {1: 128, 2: 64, 4: 64, 8: 128}
 # tokens at a time of (segments, outputs, gradients), as many more are on their way: registers and compile time grow
-_UNROLL = {1: (8, 8, 8), 2: (8, 8, 4), 4: (4, 2, 4), 8: (4, 2, 2)}
+_UNROLL = {1: (8, 8, 4), 2: (8, 8, 4), 4: (4, 2, 4), 8: (4, 2, 2)}
 # most registers a thread of (outputs, gradients): just under what lets one more program run beside
 _REGISTERS = {1: (None, None), 2: (128, 168), 4: (None, None), 8: (None, None)}
 # head dims whose states are cheaper to compute again than what they leave behind (see `scan_bwd`)
