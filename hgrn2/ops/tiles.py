@@ -101,7 +101,8 @@ def sum_masks(chunk: int, device: torch.device) -> torch.Tensor:
         levels.append((half == j >> shift) & torch.where(half % 2 == 1, j <= i, j > i))
     masks += levels + [x.T for x in levels]
     block = i // 16 == j // 16
-    masks += [block & (j >= i), block * torch.where(j <= i, 0.5, -0.5), j <= i, j > i]
+    centred = block * torch.where(j <= i, 0.5, -0.5)
+    masks += [block & (j >= i), centred, j <= i, j > i, centred.T, block & (j <= i), block & (j < i)]
     dtype = torch.float32 if INTERPRET else torch.bfloat16
     return torch.stack([x.to(dtype) for x in masks]).to(device)
 
