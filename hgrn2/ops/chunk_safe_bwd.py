@@ -180,10 +180,11 @@ def _safe_gradients(
         b_qx = rounded(b_q * b_e, PRECISION)
         b_kx = rounded(b_k * b_back, PRECISION)
         b_dqx = product(b_kx, tl.trans(b_pair), zero, PRECISION)
-        b_dkx = product(b_qx, b_pair, zero, PRECISION)
+        b_block = settle(b_qx.to(tl.float32) * b_dqx)
         b_dq = settle(b_diag * b_k + b_dqx * b_e)
+        b_dkx = product(b_qx, b_pair, zero, PRECISION)
+        b_block = settle(b_block - b_kx.to(tl.float32) * b_dkx)
         b_dk = settle(b_diag * b_q + b_dkx * b_back)
-        b_block = b_qx.to(tl.float32) * b_dqx - b_kx.to(tl.float32) * b_dkx
         # every pair that crosses a token has its decay as a factor
         b_dg = token_sum(b_block, block_later, zero, SPLIT) * decay(tl.minimum(b_g + BLOCK_LIMIT, 0.0), PRECISION)
     else:
