@@ -30,21 +30,23 @@ from hgrn2.ops.transposed import (
 
 
 @triton.jit
-def _state_product(
-    p_s, p_y, m_real, M: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ACT: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, act,
+def _output_state_products(
+    p_s, p_do, p_other, p_y, m_real, m_other, act, M: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, V_ACT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
-    """S y^T `[BK, M]` of the state's rows at p_s and the tokens at p_y, activated if `act`."""
-    b_acc = tl.zeros([BK, M], dtype=tl.float32)
+    """S do^T and, if BOTH, the same of the other half's tokens at p_y (activated if `act`) and its state, `[BK, M]`."""
+    b_dq = tl.zeros([BK, M], dtype=tl.float32)
+    b_other = tl.zeros([BK, M], dtype=tl.float32)
     for v0 in tl.range(0, K, BV, num_stages=STAGES):
         o_v = v0 + tl.arange(0, BV)[None, :]
-        b_y = tl.load(p_y + o_v, mask=m_real, other=0.0)
-        b_s = tl.load(p_s + o_v)
-        if ACT != 0:
-            b_y = b_y.to(tl.float32)
-            b_y = tl.where(act, tl.where(m_real, activate_tile(b_y, ACT), 0.0), b_y)
-        b_acc = product(b_s, tl.trans(b_y), b_acc, PRECISION)
-    return b_acc
+        b_dq = product(tl.load(p_s + o_v), tl.trans(tl.load(p_do + o_v, mask=m_real, other=0.0)), b_dq, PRECISION)
+        if BOTH:
+            b_y = tl.load(p_y + o_v, mask=m_other, other=0.0)
+            if V_ACT != 0:
+                b_y = b_y.to(tl.float32)
+                b_y = tl.where(act, tl.where(m_other, activate_tile(b_y, V_ACT), 0.0), b_y)
+            b_other = product(tl.load(p_other + o_v), tl.trans(b_y), b_other, PRECISION)
+    return b_dq, b_other
 
 
 @triton.jit
@@ -110,10 +112,10 @@ def chunk_safe_grad_kernel(
         mask_parts(mask_ptr, LEVEL + 4, zero_, 32), mask_parts(mask_ptr, LATER, zero_, 32),
         mask_parts(mask_ptr, EARLIER, zero_, 32),
     )  # fmt: skip
-    for n in tl.range(first, until, num_stages=1):
+    for n in tl.range(first, until, num_stages=1, disable_licm=True):
         flag = tl.load(safe_ptr + n)
         # a branch, but as a loop: masks are kept out of loops, not out of branches
-        for once in tl.range(0, flag, num_stages=1):
+        for once in tl.range(0, flag, num_stages=1, disable_licm=True):
             _safe_gradients(
                 qx_ptr, kx_ptr, x_ptr, q_ptr, f_ptr, v_ptr, do_ptr, lb_ptr, mask_ptr, total_ptr, states_ptr,
                 dstates_ptr, da_ptr, diag_ptr, dq_ptr, df_ptr, dlb_ptr, table_ptr, len_ptr, q_stride_b, q_stride_p,
@@ -231,17 +233,30 @@ def _safe_gradients(
     b_up_to = settle(b_up_to)
     b_after = settle(b_after)
 
-    b_dqx = _state_product(
-        states_ptr + p_s, p_do + o_t[:, None] * do_stride_t, m_real, M, K, BK, BV, 0, PRECISION, STAGES, False
-    )
+    p_own = p_do + o_t[:, None] * do_stride_t
     if C > M:
         is_second = half == 1
         o_other = (1 - half) * M + o_m
+        t_other = (o_other * sign)[:, None]
+        m_other = (o_other < rows)[:, None] & (t0 + t_other < length)
         p_other = p_ch * C * K + o_other[:, None] * K + o_k[None, :]
+        p_y = tl.where(is_second, p_v, p_do) + t_other * tl.where(is_second, v_stride_t, do_stride_t)
+        b_dqx, b_y = _output_state_products(
+            states_ptr + p_s, p_own, tl.where(is_second, dstates_ptr, states_ptr) + p_s, p_y, m_real, m_other,
+            is_second, M, K, BK, BV, V_ACT, PRECISION, STAGES, True,
+        )  # fmt: skip
+        # what the other half's tokens pass on through a state: sum_i x_i (S y^T)_i
+        b_x = tl.load(tl.where(is_second, kx_ptr, qx_ptr) + p_other)
+        b_cross = _own(product(b_y, b_x, tl.zeros([BK, BK], dtype=tl.float32), PRECISION), BK)
         b_pair = tl.load(p_da + M * C + i * tl.where(is_second, 1, C) + j * tl.where(is_second, C, 1))
         b_dx = product(tl.trans(tl.load(x_ptr + p_other)), b_pair, zero, PRECISION)
         b_rest = decay(tl.minimum(b_total - (b_low + b_high), 0.0), PRECISION)
         b_dqx = tl.where(is_second, b_dqx * b_rest + b_dx, b_dqx)
+    else:
+        b_cross = tl.zeros([BK, 1], dtype=tl.float32)
+        b_dqx, _b_y = _output_state_products(
+            states_ptr + p_s, p_own, p_s, p_own, m_real, m_real, False, M, K, BK, BV, V_ACT, PRECISION, STAGES, False
+        )
     b_dqx *= b_up_to
     b_dg = token_sum(b_q * b_dqx, later, b_dg, SUM_SPLIT)
     b_dq += b_dqx
@@ -254,28 +269,25 @@ def _safe_gradients(
         b_dq += tl.load(dq_ptr + p_out, mask=m_in, other=0.0).to(tl.float32)
     tl.store(dq_ptr + p_out, b_dq.to(dq_ptr.dtype.element_ty), mask=m_in)
 
-    b_dkx, b_cross = _value_state_product(
-        states_ptr + p_s, dstates_ptr + p_s, p_v + o_t[:, None] * v_stride_t, m_real, M, K, BK, BV, V_ACT, PRECISION,
+    b_dkx, b_states = _value_state_product(
+        states_ptr + p_s,
+        dstates_ptr + p_s,
+        p_v + o_t[:, None] * v_stride_t,
+        m_real,
+        M,
+        K,
+        BK,
+        BV,
+        V_ACT,
+        PRECISION,
         STAGES,
-    )  # fmt: skip
-    b_cross *= decay(b_total, PRECISION)
+    )
     if C > M:
         b_dkx = tl.where(is_second, b_dkx, b_dkx * b_rest + b_dx)
     b_dkx *= b_after
     b_dg = token_sum(b_k * b_dkx, earlier, b_dg, SUM_SPLIT)
+    b_dg += b_cross + b_states * decay(b_total, PRECISION)
     b_dk = settle(b_dk + b_dkx)
-    if C > M:
-        # what the other half's tokens pass on through a state: sum_i x_i (S y^T)_i
-        t_other = (o_other * sign)[:, None]
-        m_other = (o_other < rows)[:, None] & (t0 + t_other < length)
-        p_y = tl.where(is_second, p_v, p_do) + t_other * tl.where(is_second, v_stride_t, do_stride_t)
-        b_y = _state_product(
-            tl.where(is_second, dstates_ptr, states_ptr) + p_s, p_y, m_other, M, K, BK, BV, V_ACT, PRECISION, STAGES,
-            is_second,
-        )  # fmt: skip
-        b_x = tl.load(tl.where(is_second, kx_ptr, qx_ptr) + p_other)
-        b_cross += _own(product(b_y, b_x, tl.zeros([BK, BK], dtype=tl.float32), PRECISION), BK)
-    b_dg += b_cross
     # loaded once more: these gates would take registers all along
     b_f = finite(tl.load(p_f + o_t[:, None] * f_stride_t, mask=m_real, other=100.0))
     b_df, b_bound = logit_gradient(transposed(b_f, eyes[3]), gamma, b_dg, b_dk, real[None, :], HAS_LB, 1)
