@@ -112,10 +112,10 @@ def chunk_safe_grad_kernel(
         mask_parts(mask_ptr, LEVEL + 4, zero_, 32), mask_parts(mask_ptr, LATER, zero_, 32),
         mask_parts(mask_ptr, EARLIER, zero_, 32),
     )  # fmt: skip
-    for n in tl.range(first, until, num_stages=1, disable_licm=True):
+    for n in tl.range(first, until, num_stages=1, disable_licm=STAGES > 1):
         flag = tl.load(safe_ptr + n)
         # a branch, but as a loop: masks are kept out of loops, not out of branches
-        for once in tl.range(0, flag, num_stages=1, disable_licm=True):
+        for once in tl.range(0, flag, num_stages=1, disable_licm=STAGES > 1):
             _safe_gradients(
                 qx_ptr, kx_ptr, x_ptr, q_ptr, f_ptr, v_ptr, do_ptr, lb_ptr, mask_ptr, total_ptr, states_ptr,
                 dstates_ptr, da_ptr, diag_ptr, dq_ptr, df_ptr, dlb_ptr, table_ptr, len_ptr, q_stride_b, q_stride_p,
