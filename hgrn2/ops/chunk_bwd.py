@@ -110,15 +110,15 @@ def state_gradients(
 
 
 @triton.jit
-def logit_gradient(b_f, gamma, b_dg, b_dk, m_real, HAS_LB: tl.constexpr):
-    """df from the gradients of log lam and k, and the tile's share of d lower_bound."""
+def logit_gradient(b_f, gamma, b_dg, b_dk, m_real, HAS_LB: tl.constexpr, AXIS: tl.constexpr = 0):
+    """df from the gradients of log lam and k, and the tile's share of d lower_bound, summed over tokens' axis."""
     sigma, minus, _k, lam, _g = gate_tile(b_f, gamma, HAS_LB)
     if HAS_LB:
         b_dg = b_dg * fast_reciprocal(tl.maximum(lam, 1e-37)) - b_dk
         b_df = minus * sigma * (1.0 - gamma) * b_dg
     else:
         b_df = minus * (b_dg - sigma * b_dk)
-    b_bound = tl.sum(tl.where(m_real, b_dg * minus, 0.0), axis=0)
+    b_bound = tl.sum(tl.where(m_real, b_dg * minus, 0.0), axis=AXIS)
     return tl.where(m_real, b_df, 0.0), b_bound
 
 

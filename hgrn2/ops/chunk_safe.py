@@ -25,8 +25,7 @@ from hgrn2.ops.chunk_common import (
 from hgrn2.ops.gates import activate_tile, gate_tile
 
 # indices of `tiles.sum_masks` for 32 tokens
-MASK_LATER, MASK_EARLIER, MASK_LEVEL = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-MASK_BLOCK, MASK_CENTRED, MASK_UP_TO, MASK_AFTER = (tl.constexpr(i) for i in (13, 14, 15, 16))
+MASK_LEVEL, MASK_CENTRED, MASK_UP_TO, MASK_AFTER = (tl.constexpr(i) for i in (3, 14, 15, 16))
 
 
 @triton.jit

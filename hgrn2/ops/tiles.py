@@ -46,7 +46,7 @@ class Tiles:
 
 def _tiles(chunk: int, dim: int, state: tuple, out: tuple, dv: tuple, grad: tuple, safe: tuple) -> Tiles:
     factor = Kernel(max(128, dim), 4, max(128, dim) // 128, 2)
-    score = Kernel(min(dim, 32), 0, safe[2] if chunk == 32 else 2)
+    score = Kernel(min(dim, 32), 0, 2)
     return Tiles(
         chunk, factor, Kernel(*state), score, Kernel(*out), Kernel(*dv), Kernel(*grad), Kernel(*safe)
     )  # fmt: skip
@@ -55,19 +55,19 @@ def _tiles(chunk: int, dim: int, state: tuple, out: tuple, dv: tuple, grad: tupl
 # bf16 inputs: bf16 products. Hopper's own products (64 rows) raced on the device in tiles narrower than 64 columns
 # (Triton 3.6): small head dims take chunks of 32, which run the older ones.
 _BF16 = {
-    16: _tiles(32, 16, (16, 16, 1, 2), (16, 16, 1), (16, 16, 1), (16, 16, 1), (16, 16, 2)),
+    16: _tiles(32, 16, (16, 16, 1, 2), (16, 16, 1), (16, 16, 1), (16, 16, 1), (16, 16, 1)),
     32: _tiles(32, 32, (32, 32, 1, 2), (32, 32, 1), (32, 32, 1), (32, 32, 1), (32, 32, 2)),
-    64: _tiles(64, 64, (64, 64, 4, 2), (64, 64, 4), (64, 64, 4), (64, 64, 4), (64, 32, 4, 2)),
-    128: _tiles(64, 128, (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
-    256: _tiles(64, 256, (64, 128, 4, 3), (64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
+    64: _tiles(64, 64, (64, 64, 4, 2), (64, 64, 4), (64, 64, 4), (64, 64, 4), (32, 32, 2, 2)),
+    128: _tiles(64, 128, (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2), (32, 64, 2, 2)),
+    256: _tiles(64, 256, (64, 128, 4, 3), (64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2), (32, 64, 2, 2)),
 }
 # fp32 operands: three tf32 products for fp32 inputs, one for fp16 (whose range the factors would leave)
 _FP32 = {
-    16: _tiles(32, 16, (16, 16, 4), (16, 16, 4), (16, 16, 4), (16, 16, 4), (16, 16, 4)),
-    32: _tiles(32, 32, (32, 32, 4), (32, 32, 4), (32, 32, 4), (32, 32, 4), (32, 32, 4)),
-    64: _tiles(32, 64, (32, 64, 4), (32, 64, 4), (32, 64, 4), (32, 32, 4), (32, 32, 4)),
-    128: _tiles(32, 128, (32, 64, 4), (32, 64, 4), (32, 64, 4), (32, 32, 4), (32, 32, 4)),
-    256: _tiles(32, 256, (32, 64, 4), (32, 64, 4), (32, 64, 4), (32, 32, 4), (32, 32, 4)),
+    16: _tiles(32, 16, (16, 16, 4), (16, 16, 4), (16, 16, 4), (16, 16, 4), (16, 16, 1)),
+    32: _tiles(32, 32, (32, 32, 4), (32, 32, 4), (32, 32, 4), (32, 32, 4), (32, 32, 2)),
+    64: _tiles(32, 64, (32, 64, 4), (32, 64, 4), (32, 64, 4), (32, 32, 4), (32, 32, 2)),
+    128: _tiles(32, 128, (32, 64, 4), (32, 64, 4), (32, 64, 4), (32, 32, 4), (32, 32, 2)),
+    256: _tiles(32, 256, (32, 64, 4), (32, 64, 4), (32, 64, 4), (32, 32, 4), (32, 32, 2)),
 }
 
 
@@ -87,11 +87,12 @@ def arithmetic(dtype: torch.dtype) -> tuple[str, int, int]:
 
 @functools.cache
 def sum_masks(chunk: int, device: torch.device) -> torch.Tensor:
-    """`[7 + 2 log2 C, C, C]` masks for sums over a chunk's tokens, rows by rows summed; 0 and 1 but for one.
+    """`[10 + 2 log2 C, C, C]` masks for sums over a chunk's tokens, rows by rows summed; 0 and 1 but for one.
 
     0: the token itself; 1: it and later ones; 2: earlier ones; then per halving level (smallest first) the tokens on
     the way to the boundary (see `chunk_common`), and their transposes; within blocks of 16, it and later ones; half
-    the sum up to the token less half the sum after it; last the tokens up to it, and those after it.
+    the sum up to the token less half the sum after it; the tokens up to it, and those after it; last the transpose of
+    those halves and, within blocks again, the tokens up to it, and earlier ones.
     """
     i, j = torch.arange(chunk)[:, None], torch.arange(chunk)[None, :]
     masks = [i == j, j >= i, j < i]
@@ -101,7 +102,8 @@ def sum_masks(chunk: int, device: torch.device) -> torch.Tensor:
         levels.append((half == j >> shift) & torch.where(half % 2 == 1, j <= i, j > i))
     masks += levels + [x.T for x in levels]
     block = i // 16 == j // 16
-    masks += [block & (j >= i), block * torch.where(j <= i, 0.5, -0.5), j <= i, j > i]
+    centred = block * torch.where(j <= i, 0.5, -0.5)
+    masks += [block & (j >= i), centred, j <= i, j > i, centred.T, block & (j <= i), block & (j < i)]
     dtype = torch.float32 if INTERPRET else torch.bfloat16
     return torch.stack([x.to(dtype) for x in masks]).to(device)
 
