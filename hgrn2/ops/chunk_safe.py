@@ -54,18 +54,21 @@ def _inner_scores(
 
 
 @triton.jit
-def gated_half(
-    p_q, p_f, q_stride_t, f_stride_t, o_r, t0, rows, length, sign, gamma, eye, HAS_LB: tl.constexpr,
-    Q_ACT: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """q after activation, k and log2 lam of the tokens o_r of a chunk, laid out as accumulators."""
+def _load_half(p_q, p_f, q_stride_t, f_stride_t, o_r, t0, rows, length, sign):
+    """q, f and which are real of the tokens o_r of a chunk."""
     o_t = o_r * sign
     m_real = ((o_r < rows) & (t0 + o_t < length))[:, None]
-    b_f = finite(tl.load(p_f + o_t[:, None] * f_stride_t, mask=m_real, other=100.0))
-    b_q = to_accumulator(tl.load(p_q + o_t[:, None] * q_stride_t, mask=m_real, other=0.0), eye)
+    b_f = tl.load(p_f + o_t[:, None] * f_stride_t, mask=m_real, other=100.0)
+    return tl.load(p_q + o_t[:, None] * q_stride_t, mask=m_real, other=0.0), b_f, m_real
+
+
+@triton.jit
+def _gated(b_q, b_f, m_real, gamma, eye, HAS_LB: tl.constexpr, Q_ACT: tl.constexpr, EXACT: tl.constexpr):
+    """q after activation, k and log2 lam, laid out as accumulators."""
+    b_q = to_accumulator(b_q, eye)
     if Q_ACT != 0:
         b_q = tl.where(m_real, activate_tile(b_q, Q_ACT), 0.0)
-    _sigma, _minus, b_k, _lam, b_g = gate_tile(to_accumulator(b_f, eye), gamma, HAS_LB, EXACT)
+    _sigma, _minus, b_k, _lam, b_g = gate_tile(to_accumulator(finite(b_f), eye), gamma, HAS_LB, EXACT)
     return b_q, b_k, b_g
 
 
@@ -134,10 +137,11 @@ def _scores(
         p_f = f_ptr + o_k[None, :]
         p_x = p_ch * C * K + i * K + o_k[None, :]
         b_rest = tl.zeros([BK], dtype=tl.float32)
+        # ahead of the other half, whose work hides how long this takes
+        b_q1, b_f1, m_real1 = _load_half(p_q, p_f, q_stride_t, f_stride_t, o_m, t0, rows, length, sign)
         if C > M:
-            b_q, b_k, b_g = gated_half(
-                p_q, p_f, q_stride_t, f_stride_t, M + o_m, t0, rows, length, sign, gamma, eye, HAS_LB, Q_ACT, EXACT
-            )
+            b_q, b_f, m_real = _load_half(p_q, p_f, q_stride_t, f_stride_t, M + o_m, t0, rows, length, sign)
+            b_q, b_k, b_g = _gated(b_q, b_f, m_real, gamma, eye, HAS_LB, Q_ACT, EXACT)
             b_second += _inner_scores(b_q, b_k, b_g, mask_ptr, M, BK, SUB, PRECISION, SPLIT)
             b_e = masked_sum(load_mask(mask_ptr, MASK_AFTER, M), b_g, zero, SPLIT)
             b_x = rounded(settle(b_k * decay(b_e, PRECISION)), PRECISION)
@@ -146,9 +150,7 @@ def _scores(
             b_later = rounded(settle(b_q * decay(b_e, PRECISION)), PRECISION)
             tl.store(x_ptr + p_x + M * K, b_later.to(x_ptr.dtype.element_ty), mask=(o_k < keep * K)[None, :])
             b_rest = tl.sum(b_g, axis=0)
-        b_q, b_k, b_g = gated_half(
-            p_q, p_f, q_stride_t, f_stride_t, o_m, t0, rows, length, sign, gamma, eye, HAS_LB, Q_ACT, EXACT
-        )
+        b_q, b_k, b_g = _gated(b_q1, b_f1, m_real1, gamma, eye, HAS_LB, Q_ACT, EXACT)
         b_first += _inner_scores(b_q, b_k, b_g, mask_ptr, M, BK, SUB, PRECISION, SPLIT)
         b_e = masked_sum(load_mask(mask_ptr, MASK_AFTER, M), b_g, zero, SPLIT)
         b_x = rounded(settle(b_k * decay(b_e + b_rest[None, :], PRECISION)), PRECISION)

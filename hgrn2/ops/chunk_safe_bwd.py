@@ -234,22 +234,26 @@ def _safe_gradients(
     b_after = settle(b_after)
 
     p_own = p_do + o_t[:, None] * do_stride_t
+    # what comes after the products with states is asked for ahead of them
+    b_raw = tl.load(p_q + o_t[:, None] * q_stride_t, mask=m_real, other=0.0) if Q_ACT != 0 else o_t
     if C > M:
         is_second = half == 1
         o_other = (1 - half) * M + o_m
         t_other = (o_other * sign)[:, None]
         m_other = (o_other < rows)[:, None] & (t0 + t_other < length)
         p_other = p_ch * C * K + o_other[:, None] * K + o_k[None, :]
+        b_across = tl.load(p_da + M * C + i * C + j)
+        b_factor = tl.load(x_ptr + p_other)
+        b_other = tl.load(tl.where(is_second, kx_ptr, qx_ptr) + p_other)
         p_y = tl.where(is_second, p_v, p_do) + t_other * tl.where(is_second, v_stride_t, do_stride_t)
         b_dqx, b_y = _output_state_products(
             states_ptr + p_s, p_own, tl.where(is_second, dstates_ptr, states_ptr) + p_s, p_y, m_real, m_other,
             is_second, M, K, BK, BV, V_ACT, PRECISION, STAGES, True,
         )  # fmt: skip
         # what the other half's tokens pass on through a state: sum_i x_i (S y^T)_i
-        b_x = tl.load(tl.where(is_second, kx_ptr, qx_ptr) + p_other)
-        b_cross = _own(product(b_y, b_x, tl.zeros([BK, BK], dtype=tl.float32), PRECISION), BK)
-        b_pair = tl.load(p_da + M * C + i * tl.where(is_second, 1, C) + j * tl.where(is_second, C, 1))
-        b_dx = product(tl.trans(tl.load(x_ptr + p_other)), b_pair, zero, PRECISION)
+        b_cross = _own(product(b_y, b_other, tl.zeros([BK, BK], dtype=tl.float32), PRECISION), BK)
+        b_pair = tl.where(is_second, tl.trans(b_across), b_across)
+        b_dx = product(tl.trans(b_factor), b_pair, zero, PRECISION)
         b_rest = decay(tl.minimum(b_total - (b_low + b_high), 0.0), PRECISION)
         b_dqx = tl.where(is_second, b_dqx * b_rest + b_dx, b_dqx)
     else:
@@ -262,35 +266,25 @@ def _safe_gradients(
     b_dq += b_dqx
     p_out = b * g_stride_b + p * g_stride_p + t64 * g_stride_t + i_h * K + o_t[:, None] * g_stride_t + o_k[None, :]
     if Q_ACT != 0:
-        b_raw = tl.load(p_q + o_t[:, None] * q_stride_t, mask=m_real, other=0.0)
         b_dq *= activate_grad_tile(transposed(b_raw, eyes[2]), Q_ACT)
     b_dq = tl.trans(b_dq)
     if ADD:
         b_dq += tl.load(dq_ptr + p_out, mask=m_in, other=0.0).to(tl.float32)
     tl.store(dq_ptr + p_out, b_dq.to(dq_ptr.dtype.element_ty), mask=m_in)
 
+    # loaded once more: these gates would take registers all along
+    b_f = tl.load(p_f + o_t[:, None] * f_stride_t, mask=m_real, other=100.0)
     b_dkx, b_states = _value_state_product(
-        states_ptr + p_s,
-        dstates_ptr + p_s,
-        p_v + o_t[:, None] * v_stride_t,
-        m_real,
-        M,
-        K,
-        BK,
-        BV,
-        V_ACT,
-        PRECISION,
+        states_ptr + p_s, dstates_ptr + p_s, p_v + o_t[:, None] * v_stride_t, m_real, M, K, BK, BV, V_ACT, PRECISION,
         STAGES,
-    )
+    )  # fmt: skip
     if C > M:
         b_dkx = tl.where(is_second, b_dkx, b_dkx * b_rest + b_dx)
     b_dkx *= b_after
     b_dg = token_sum(b_k * b_dkx, earlier, b_dg, SUM_SPLIT)
     b_dg += b_cross + b_states * decay(b_total, PRECISION)
     b_dk = settle(b_dk + b_dkx)
-    # loaded once more: these gates would take registers all along
-    b_f = finite(tl.load(p_f + o_t[:, None] * f_stride_t, mask=m_real, other=100.0))
-    b_df, b_bound = logit_gradient(transposed(b_f, eyes[3]), gamma, b_dg, b_dk, real[None, :], HAS_LB, 1)
+    b_df, b_bound = logit_gradient(transposed(finite(b_f), eyes[3]), gamma, b_dg, b_dk, real[None, :], HAS_LB, 1)
     if LB_GRAD:  # of two terms, so that their order does not matter
         tl.atomic_add(dlb_ptr + p_ch * K + o_k, b_bound, sem="relaxed")
     b_df = tl.trans(b_df)
