@@ -130,6 +130,11 @@ def _scores(
     b_across = tl.zeros([M, M], dtype=tl.float32)
     q_ptr += b * q_stride_b + p * q_stride_p + t64 * q_stride_t + i_h * q_stride_h
     f_ptr += b * f_stride_b + p * f_stride_p + t64 * f_stride_t + i_h * f_stride_h
+    o_k = tl.arange(0, BK)
+    if C > M:
+        b_q2, b_f2, m_real2 = _load_half(
+            q_ptr + o_k[None, :], f_ptr + o_k[None, :], q_stride_t, f_stride_t, M + o_m, t0, rows, length, sign
+        )
     for k0 in tl.range(0, K, BK, num_stages=1):
         o_k = k0 + tl.arange(0, BK)
         gamma = tl.load(lb_ptr + i_h * K + o_k)[None, :] if HAS_LB else 0.0
@@ -137,11 +142,10 @@ def _scores(
         p_f = f_ptr + o_k[None, :]
         p_x = p_ch * C * K + i * K + o_k[None, :]
         b_rest = tl.zeros([BK], dtype=tl.float32)
-        # ahead of the other half, whose work hides how long this takes
+        # each half is loaded ahead of the other's work, which hides how long this takes
         b_q1, b_f1, m_real1 = _load_half(p_q, p_f, q_stride_t, f_stride_t, o_m, t0, rows, length, sign)
         if C > M:
-            b_q, b_f, m_real = _load_half(p_q, p_f, q_stride_t, f_stride_t, M + o_m, t0, rows, length, sign)
-            b_q, b_k, b_g = _gated(b_q, b_f, m_real, gamma, eye, HAS_LB, Q_ACT, EXACT)
+            b_q, b_k, b_g = _gated(b_q2, b_f2, m_real2, gamma, eye, HAS_LB, Q_ACT, EXACT)
             b_second += _inner_scores(b_q, b_k, b_g, mask_ptr, M, BK, SUB, PRECISION, SPLIT)
             b_e = masked_sum(load_mask(mask_ptr, MASK_AFTER, M), b_g, zero, SPLIT)
             b_x = rounded(settle(b_k * decay(b_e, PRECISION)), PRECISION)
@@ -150,6 +154,9 @@ def _scores(
             b_later = rounded(settle(b_q * decay(b_e, PRECISION)), PRECISION)
             tl.store(x_ptr + p_x + M * K, b_later.to(x_ptr.dtype.element_ty), mask=(o_k < keep * K)[None, :])
             b_rest = tl.sum(b_g, axis=0)
+            b_q2, b_f2, _ = _load_half(
+                p_q + BK, p_f + BK, q_stride_t, f_stride_t, M + o_m, t0, tl.where(k0 + BK < K, rows, 0), length, sign
+            )
         b_q, b_k, b_g = _gated(b_q1, b_f1, m_real1, gamma, eye, HAS_LB, Q_ACT, EXACT)
         b_first += _inner_scores(b_q, b_k, b_g, mask_ptr, M, BK, SUB, PRECISION, SPLIT)
         b_e = masked_sum(load_mask(mask_ptr, MASK_AFTER, M), b_g, zero, SPLIT)
