@@ -1,6 +1,6 @@
 """Decoding on one GPU: the mixer steps of a model in a CUDA graph against the time to read its weights and states.
 
-    python benchmarks/decode.py
+    python benchmarks/decode.py [--batches 1 ...]
 
 The stack is 24 mixers of width 2048, head dim 128, bf16; the floor reads their weights once and their states twice at
 the speed of a large copy in the same run. Timed only after each mixer's step agrees with fp64. Peers: our step between
@@ -168,6 +168,7 @@ def language_model(batch: int) -> dict:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=int, nargs="*", default=list(BATCHES))
     parser.add_argument("--commit", help="recorded as the code's version (default: asked of git)")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
@@ -193,11 +194,13 @@ def main() -> None:
     }
     args.out.mkdir(parents=True, exist_ok=True)
     mixers = [HGRN2Mixer(HGRN2Config(**CONFIG)).to("cuda", torch.bfloat16) for _ in range(DEPTH)]
-    for batch in BATCHES:
+    for batch in args.batches:
         result["rows"][f"B{batch}"] = row = measure(mixers, batch, rate)
         print(f"B{batch}", json.dumps(row), flush=True)
         (args.out / "decode.json").write_text(json.dumps(result, indent=1) + "\n")
-    result["1.3B language model"] = {f"B{batch}": language_model(batch) for batch in (1, 4, 8, 64)}
+    result["1.3B language model"] = {
+        f"B{batch}": language_model(batch) for batch in (1, 4, 8, 64) if batch in args.batches
+    }
     for row in result["1.3B language model"].values():
         row["floor ms"] = row["bytes a step"] / rate * 1e3
     print(json.dumps(result["1.3B language model"]))

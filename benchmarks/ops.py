@@ -1,6 +1,6 @@
 """The Triton scan against flash-linear-attention's `chunk_gla` (if installed) and the memory floor, on one GPU.
 
-    python benchmarks/ops.py [--quick]
+    python benchmarks/ops.py [--quick] [--peer SHAPE ...] [--no-layer]
 
 A shape is timed only after its outputs and gradients agree with the fp64 torch form. fla gets its gates ready made,
 ours are computed inside and counted. Medians; ceilings are measured in the same run. Writes results/ops.json, ops.md
@@ -218,6 +218,7 @@ def main() -> None:
     parser.add_argument(
         "--peer", nargs="*", choices=SHAPES, default=list(SHAPES), help="shapes where fla is timed, too"
     )
+    parser.add_argument("--no-layer", action="store_true", help="do not time the mixer layer")
     parser.add_argument("--commit", help="recorded as the code's version (default: asked of git)")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
@@ -246,7 +247,7 @@ def main() -> None:
         name: ours(*draw(batch, time, 16, 128, 0.0, 1.0, True))["fwd+bwd ms"] for name, (batch, time) in LENGTHS.items()
     }
     (args.out / "ops.json").write_text(json.dumps(result, indent=1) + "\n")
-    if not args.quick:
+    if not (args.quick or args.no_layer):
         result["layer"] = layer()
     (args.out / "ops.json").write_text(json.dumps(result, indent=1) + "\n")
     text = table(result)
