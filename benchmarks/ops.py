@@ -208,7 +208,7 @@ def plot(result: dict, path: Path) -> None:
     ax.set_xticks(range(len(names)), names)
     ax.set_ylabel("forward + backward, ms")
     ax.set_title(f"{result['device']}, bf16")
-    ax.legend()
+    fig.legend(loc="outside lower center", ncols=3, frameon=False)
     fig.savefig(path, dpi=120)
 
 
