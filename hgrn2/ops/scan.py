@@ -247,7 +247,7 @@ def backward(q, f, v, do, d_final, lower_bound, initial_state, lengths, cu_seqle
         enter, d_enter = "none" if initial_state is None else "init", "none" if d_final is None else "d_final"
         d_leave = "d_initial" if initial else "none"
         every = _lines(plan, scratch, options, q, f, v, lower_bound, lengths, documents)
-        if bound:  # all shares in one slot, for one sum
+        if bound:  # all shares in one slot, for one sum; parts are aligned to a head's values, as a lane's store needs
             scratch.add("dlb", (sum(x.segments for x in every), *q.shape[3:]), torch.float32)
             for i, x in enumerate(every):
                 scratch.part(f"dlb{x.axis}", "dlb", sum(y.segments for y in every[:i]), x.segments)
