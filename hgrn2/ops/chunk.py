@@ -16,6 +16,7 @@ from hgrn2.ops.chunk_factors import chunk_factor_kernel
 from hgrn2.ops.chunk_fwd import carry_kernel, chunk_out_kernel, chunk_state_kernel
 from hgrn2.ops.chunk_safe import chunk_score_kernel
 from hgrn2.ops.chunk_safe_bwd import chunk_safe_grad_kernel
+from hgrn2.ops.gates import activation_code
 from hgrn2.ops.launch import Plan, Plans, Slots, kinds, on_device
 
 # sequences of fewer chunks are not worth splitting
@@ -85,8 +86,8 @@ class _Call:
         self.values = dict(
             T=self.time, NT=self.n_t, P=1 if len(lines) == 1 else lines[1], NC=n_chunks, H=self.heads,
             sign=-1 if reverse else 1, has_len=int(lengths is not None), K=self.dim, C=chunk,
-            SUB=sub, VARLEN=packed_documents, HAS_LB=lower_bound is not None,
-            Q_ACT=q_act, V_ACT=v_act, PRECISION=precision, SPLIT=split,
+            SUB=sub, VARLEN=packed_documents, HAS_LB=lower_bound is not None, PRECISION=precision, SPLIT=split,
+            Q_ACT=activation_code(q_act, q.dtype), V_ACT=activation_code(v_act, q.dtype),
         )  # fmt: skip
         self.lengths = "safe" if lengths is None else "len"  # any integers: they are not read
         self.plan = Plan(kinds((q, f, v, lower_bound, lengths, *others)))
@@ -155,13 +156,15 @@ class _Call:
     def outputs(self, keep: bool, add: bool) -> None:
         tile = self.tiles.out
         programs = self.n_chunks * self.heads * (self.dim // tile.bv)
-        self.add(chunk_out_kernel, programs, tile, dict(keep=int(keep), ADD=add))
+        values = dict(keep=int(keep), ADD=add, PRECISION=tiles.output_precision(self.dtype))
+        self.add(chunk_out_kernel, programs, tile, values)
 
     def gradients(self, bound: bool, add: bool) -> None:
         values = dict(LB_GRAD=bound, ADD=add)
         dlb = "dlb" if bound else "none"
-        tile = self.tiles.dv
-        self.add(chunk_value_grad_kernel, self.n_chunks * self.heads * (self.dim // tile.bv), tile, values, dlb=dlb)
+        tile, precise = self.tiles.dv, dict(PRECISION=tiles.output_precision(self.dtype))
+        programs = self.n_chunks * self.heads * (self.dim // tile.bv)
+        self.add(chunk_value_grad_kernel, programs, tile, values | precise, dlb=dlb)
         tile = self.tiles.grad
         self.add(chunk_grad_kernel, self.n_chunks * self.heads * (self.dim // tile.bk), tile, values, dlb=dlb)
         tile = self.tiles.safe_grad

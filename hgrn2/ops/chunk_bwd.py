@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from hgrn2.ops.chunk_common import finite, load_mask, locate, masked_sum, product, row_masks, to_accumulator
-from hgrn2.ops.gates import activate_grad_tile, activate_tile, fast_reciprocal, gate_tile
+from hgrn2.ops.gates import activate_grad_tile, activate_tile, exact_reciprocal, fast_reciprocal, gate_tile
 
 
 @triton.jit(do_not_specialize=["T", "NT", "P", "H", "sign", "has_len"])
@@ -35,6 +35,7 @@ def chunk_value_grad_kernel(
     da_ptr `[NC, H, C, C]` and diag_ptr `[NC, H, C]` take the scores' gradient below the diagonal and on it.
     dlb_ptr `[NC, H, K]` is set to 0 for the kernels that follow.
     """
+    EXACT: tl.constexpr = PRECISION == "tf32x3" or PRECISION == "ieee"
     pid = tl.program_id(0)
     i_v = pid % (K // BV)
     i_h = ((pid // (K // BV)) % H).to(tl.int64)
@@ -75,6 +76,7 @@ def chunk_value_grad_kernel(
     tl.store(p_out, b_dv.to(dv_ptr.dtype.element_ty), mask=m_in[:, None])
     if i_v == 0:
         b_da = tl.zeros([C, C], dtype=tl.float32)
+        b_diag = tl.zeros([C], dtype=tl.float32)
         for v0 in range(0, K, BV):
             o_w = v0 + tl.arange(0, BV)[None, :]
             b_y = tl.load(p_do + o_w, mask=m_real[:, None], other=0.0)
@@ -82,8 +84,12 @@ def chunk_value_grad_kernel(
             if V_ACT != 0:
                 b_w = tl.where(m_real[:, None], activate_tile(b_w.to(tl.float32), V_ACT), 0.0)
             b_da = product(b_y, tl.trans(b_w), b_da, PRECISION)
+            if EXACT:  # a sum rounds less than a product does
+                b_diag += tl.sum(b_y * b_w, axis=1)
+        if not EXACT:
+            b_diag = tl.sum(tl.where(i == j, b_da, 0.0), axis=1)
         tl.store(da_ptr + p_ch * C * C + i * C + j, tl.where(i > j, b_da, 0.0).to(da_ptr.dtype.element_ty))
-        tl.store(diag_ptr + p_ch * C + o_c, tl.sum(tl.where(i == j, b_da, 0.0), axis=1))
+        tl.store(diag_ptr + p_ch * C + o_c, b_diag)
 
 
 @triton.jit
@@ -110,11 +116,15 @@ def state_gradients(
 
 
 @triton.jit
-def logit_gradient(b_f, gamma, b_dg, b_dk, m_real, HAS_LB: tl.constexpr, AXIS: tl.constexpr = 0):
+def logit_gradient(
+    b_f, gamma, b_dg, b_dk, m_real, HAS_LB: tl.constexpr, PRECISION: tl.constexpr, AXIS: tl.constexpr = 0
+):
     """df from the gradients of log lam and k, and the tile's share of d lower_bound, summed over tokens' axis."""
-    sigma, minus, _k, lam, _g = gate_tile(b_f, gamma, HAS_LB)
+    EXACT: tl.constexpr = PRECISION == "tf32x3" or PRECISION == "ieee"
+    sigma, minus, _k, lam, _g = gate_tile(b_f, gamma, HAS_LB, EXACT)
     if HAS_LB:
-        b_dg = b_dg * fast_reciprocal(tl.maximum(lam, 1e-37)) - b_dk
+        lam = tl.maximum(lam, 1e-37)
+        b_dg = b_dg * (exact_reciprocal(lam) if EXACT else fast_reciprocal(lam)) - b_dk
         b_df = minus * sigma * (1.0 - gamma) * b_dg
     else:
         b_df = minus * (b_dg - sigma * b_dk)
@@ -200,7 +210,9 @@ def chunk_grad_kernel(
     # k = 2^G kx and q = 2^-G qx
     b_e = to_accumulator(b_et, eye)
     b_dq = (b_dq + b_diag * b_kx) * b_e
-    b_dk = (b_dk + b_inner + b_diag * b_qx) * fast_reciprocal(b_e)
+    b_dk = (b_dk + b_inner + b_diag * b_qx) * (
+        exact_reciprocal(b_e) if b_et.dtype == tl.float32 else fast_reciprocal(b_e)
+    )
     if Q_ACT != 0:
         b_dq *= activate_grad_tile(tl.load(p_q, mask=m_real[:, None], other=0.0).to(tl.float32), Q_ACT)
     p_out = b * g_stride_b + p * g_stride_p + t64 * g_stride_t + i_h * K + o_t[:, None] * g_stride_t + o_k[None, :]
@@ -208,7 +220,8 @@ def chunk_grad_kernel(
         b_dq += tl.load(dq_ptr + p_out, mask=m_in[:, None], other=0.0).to(tl.float32)
     tl.store(dq_ptr + p_out, b_dq.to(dq_ptr.dtype.element_ty), mask=m_in[:, None])
     b_dg += b_cross[None, :]
-    b_df, b_bound = logit_gradient(to_accumulator(b_f, eye), gamma, b_dg, b_dk, m_real[:, None], HAS_LB)
+    b_f = to_accumulator(b_f, eye)
+    b_df, b_bound = logit_gradient(b_f, gamma, b_dg, b_dk, m_real[:, None], HAS_LB, PRECISION)
     if LB_GRAD:
         tl.store(dlb_ptr + p_ch * K + o_k, b_bound)
     if ADD:

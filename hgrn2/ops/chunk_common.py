@@ -97,19 +97,6 @@ def rounded(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def exact_product(a, b, acc, PRECISION: tl.constexpr):
-    """a @ b + acc with the fp32 a kept whole: b is exact in bf16 ("bf16") or taken as `product` takes fp32."""
-    if PRECISION == "bf16":
-        for _ in tl.static_range(2):
-            part = (a.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-            acc = tl.dot(part.to(tl.bfloat16), b.to(tl.bfloat16), acc)
-            a = a - part
-        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
-    else:
-        return product(a, b, acc, "tf32x3" if PRECISION == "tf32" else PRECISION)
-
-
-@triton.jit
 def decay(x, PRECISION: tl.constexpr):
     """2^x; a relative error of 1e-7 for fp32 inputs, else the hardware's 2^-22."""
     if PRECISION == "tf32x3" or PRECISION == "ieee":
@@ -169,12 +156,21 @@ def masked_sum(mask, x, acc, SPLIT: tl.constexpr):
     """
     if SPLIT == 0:
         return tl.dot(mask.to(tl.float32), x, acc, input_precision="ieee")
+    parts = ()
     for _ in tl.static_range(SPLIT - 1):
         # cut off, not rounded: the part is then also known in fp32 without a conversion back
         part = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-        acc = tl.dot(mask, part.to(tl.bfloat16), acc)
+        parts = parts + (part,)
         x = x - part
-    return tl.dot(mask, x.to(tl.bfloat16), acc)
+    if SPLIT < 3:
+        for i in tl.static_range(SPLIT - 1):
+            acc = tl.dot(mask, parts[i].to(tl.bfloat16), acc)
+        return tl.dot(mask, x.to(tl.bfloat16), acc)
+    # tensor cores cut sums off: the smallest first
+    total = tl.dot(mask, x.to(tl.bfloat16))
+    for i in tl.static_range(SPLIT - 2, -1, -1):
+        total = tl.dot(mask, parts[i].to(tl.bfloat16), total)
+    return acc + total
 
 
 @triton.jit

@@ -11,7 +11,7 @@ The gradient dS of the state goes the same way backwards in time, dS_0 = 2^total
 import triton
 import triton.language as tl
 
-from hgrn2.ops.chunk_common import decay, exact_product, locate, product, row_masks
+from hgrn2.ops.chunk_common import decay, locate, product, row_masks
 from hgrn2.ops.gates import activate_tile
 
 
@@ -56,9 +56,12 @@ def chunk_state_kernel(
         c = c_end - 1 - step if BACKWARD else c_first + step
         n, b, p, t0, rows, first, last, length = locate(c, table_ptr, len_ptr, T, NT, P, sign, has_len, C, VARLEN)
         p_ch = c.to(tl.int64) * H + i_h
-        o_t, _m_in, m_real = row_masks(t0, rows, length, sign, C)
+        # from a chunk's last token on where EXACT: terms that have decayed most are summed first, as the loop would
+        o_r = C - 1 - o_c if EXACT else o_c
+        o_t = o_r * sign
+        m_real = (o_r < rows) & (t0 + o_t < length)
         p_y = y_ptr + b * y_stride_b + p * y_stride_p + t0.to(tl.int64) * y_stride_t + i_h * y_stride_h
-        b_x = tl.load(x_ptr + p_ch * C * K + o_c[:, None] * K + o_k[None, :])
+        b_x = tl.load(x_ptr + p_ch * C * K + o_r[:, None] * K + o_k[None, :])
         b_y = tl.load(p_y + o_t[:, None] * y_stride_t + o_v[None, :], mask=m_real[:, None], other=0.0)
         b_total = tl.load(total_ptr + p_ch * K + o_k)
         safe = tl.load(safe_ptr + p_ch) != 0
@@ -77,7 +80,7 @@ def chunk_state_kernel(
         if ACT != 0:
             b_y = tl.where(m_real[:, None], activate_tile(b_y.to(tl.float32), ACT), 0.0)
         if EXACT:
-            b_s = exact_product(tl.trans(b_x), b_y, b_s * b_whole, PRECISION)
+            b_s = product(tl.trans(b_x), b_y, b_s * b_whole, "ieee")
         elif BACKWARD:
             b_s = product(tl.trans(b_x), b_y, b_s * b_whole, PRECISION)
         else:

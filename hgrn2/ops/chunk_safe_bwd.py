@@ -284,7 +284,8 @@ def _safe_gradients(
     b_dg = token_sum(b_k * b_dkx, earlier, b_dg, SUM_SPLIT)
     b_dg += b_cross + b_states * decay(b_total, PRECISION)
     b_dk = settle(b_dk + b_dkx)
-    b_df, b_bound = logit_gradient(transposed(finite(b_f), eyes[3]), gamma, b_dg, b_dk, real[None, :], HAS_LB, 1)
+    b_f = transposed(finite(b_f), eyes[3])
+    b_df, b_bound = logit_gradient(b_f, gamma, b_dg, b_dk, real[None, :], HAS_LB, PRECISION, 1)
     if LB_GRAD:  # of two terms, so that their order does not matter
         tl.atomic_add(dlb_ptr + p_ch * K + o_k, b_bound, sem="relaxed")
     b_df = tl.trans(b_df)

@@ -31,6 +31,11 @@ def activate(x: Tensor, name: str | None) -> Tensor:
     raise ValueError(f"activation {name!r} is unknown; valid: {', '.join(map(repr, ACTIVATIONS))}")
 
 
+def activation_code(index: int, dtype: torch.dtype) -> int:
+    """What kernels call one of `ACTIVATIONS`: 0 (None), 1 (silu), 2 (sigmoid); 3 and 4 exactly, for fp32 inputs."""
+    return index + 2 if index and dtype == torch.float32 else index
+
+
 class _ForgetGate(torch.autograd.Function):
     """(f, gamma) -> (k, log lam), with a backward that never divides by lam where that could overflow."""
 
@@ -112,6 +117,12 @@ if triton is not None:
         return y
 
     @triton.jit
+    def exact_reciprocal(x):
+        """1 / x to its last place, by one step of Newton's."""
+        y = fast_reciprocal(x)
+        return y + y * tl.fma(-x, y, 1.0)
+
+    @triton.jit
     def round_tf32(x):
         """x rounded to the 10 mantissa bits that tf32 products read; unrounded operands would be truncated."""
         if _INTERPRET:
@@ -135,20 +146,53 @@ if triton is not None:
         return fast_exp2(n) * (p * r + 1.0)
 
     @triton.jit
+    def exact_log2(x):
+        """log2 x of normal positive numbers, with a relative error of 2e-7 and an absolute one of 1e-7 near 1."""
+        bits = x.to(tl.int32, bitcast=True)
+        # x = 2^n (1 + t), 1 + t in [0.707, 1.414]
+        n = (bits - 0x3F3504F3) >> 23
+        t = (bits - (n << 23)).to(tl.float32, bitcast=True) - 1.0
+        p = 0.122805282 * t - 0.205705613
+        p = p * t + 0.216119125
+        p = p * t - 0.2391949
+        p = p * t + 0.287901759
+        p = p * t - 0.360692114
+        p = p * t + 0.480910778
+        p = p * t - 0.721347511
+        p = p * t + 1.44269502
+        return n.to(tl.float32) + p * t
+
+    @triton.jit
+    def exact_sigmoids(f):
+        """(sigmoid(f), sigmoid(-f), u = exp(-|f|), log2 u and what rounds off it), each to about its last place."""
+        a = tl.minimum(tl.abs(f), 10000.0, propagate_nan=tl.PropagateNan.ALL)
+        y = -1.44269502 * a
+        rest = tl.fma(a, -1.44269502, -y) - 1.92596299e-8 * a
+        u = exact_exp2(y)
+        u += u * (0.693147206 * rest)
+        whole = 1.0 + u
+        inverse = fast_reciprocal(whole)
+        # one step of Newton's, with what the sum rounded off
+        inverse += inverse * (tl.fma(-whole, inverse, 1.0) - (u - (whole - 1.0)) * inverse)
+        small = u * inverse
+        return tl.where(f > 0, inverse, small), tl.where(f > 0, small, inverse), u, y, rest
+
+    @triton.jit
     def gate_tile(f, gamma, HAS_LB: tl.constexpr, EXACT: tl.constexpr = False):
         """`forget_gate` for a tile of fp32 logits: (sigmoid(f), sigmoid(-f), k, lam, log2 lam).
 
         f is broadcast against gamma (`[1, K]`, ignored without HAS_LB). Near lam = 1, where the hardware logarithm is
         only accurate to 2^-22 absolute, log2 lam is a polynomial (relative error under 3e-7; EXACT: 1e-7).
         """
-        x = tl.maximum(f * 1.4426950408889634, -16384.0, propagate_nan=tl.PropagateNan.ALL)
-        u = exact_exp2(-tl.abs(x)) if EXACT else fast_exp2(-tl.abs(x))
-        inverse = fast_reciprocal(1.0 + u)
-        if EXACT:  # one step of Newton's
-            inverse += inverse * (1.0 - (1.0 + u) * inverse)
-        small = u * inverse
-        sigma = tl.where(x > 0, inverse, small)
-        minus = tl.where(x > 0, small, inverse)
+        if EXACT:
+            sigma, minus, u, y, rest = exact_sigmoids(f)
+        else:
+            x = tl.maximum(f * 1.4426950408889634, -16384.0, propagate_nan=tl.PropagateNan.ALL)
+            u = fast_exp2(-tl.abs(x))
+            inverse = fast_reciprocal(1.0 + u)
+            small = u * inverse
+            sigma = tl.where(x > 0, inverse, small)
+            minus = tl.where(x > 0, small, inverse)
         if HAS_LB:
             k = (1.0 - gamma) * minus
             lam = gamma + (1.0 - gamma) * sigma
@@ -163,6 +207,7 @@ if triton is not None:
                 p = p * k + 0.480771504
                 p = p * k + 0.721349507
                 p = p * k + 1.44269504
+                large = exact_log2(tl.maximum(lam, 1e-37))
             else:
                 p = 1.67152671 * k - 1.49468831
                 p = p * k + 1.08864097
@@ -171,7 +216,8 @@ if triton is not None:
                 p = p * k + 0.478984607
                 p = p * k + 0.721393935
                 p = p * k + 1.44269486
-            g = tl.where(k < 0.5, -k * p, fast_log2(tl.maximum(lam, 1e-37)))
+                large = fast_log2(tl.maximum(lam, 1e-37))
+            g = tl.where(k < 0.5, -k * p, large)
         else:
             k = minus
             lam = sigma
@@ -184,16 +230,22 @@ if triton is not None:
             p = p * u + 0.48067889
             p = p * u - 0.721339513
             p = p * u + 1.44269499
-            g = tl.minimum(x, 0.0) - u * p
+            if EXACT:
+                g = tl.where(f > 0, 0.0, y) - (u * p - tl.where(f > 0, 0.0, rest))
+            else:
+                g = tl.minimum(x, 0.0) - u * p
         return sigma, minus, k, lam, g
 
     @triton.jit
-    def decay_tile(f, gamma, HAS_LB: tl.constexpr):
+    def decay_tile(f, gamma, HAS_LB: tl.constexpr, EXACT: tl.constexpr = False):
         """`gate_tile` for scans that multiply by lam itself, without log lam: (sigmoid(f), sigmoid(-f), k, lam)."""
-        # 2^126 is the largest whose reciprocal is no denormal
-        e = fast_exp2(tl.minimum(f * 1.4426950408889634, 126.0, propagate_nan=tl.PropagateNan.ALL))
-        minus = fast_reciprocal(1.0 + e)
-        sigma = e * minus
+        if EXACT:
+            sigma, minus, _u, _y, _rest = exact_sigmoids(f)
+        else:
+            # 2^126 is the largest whose reciprocal is no denormal
+            e = fast_exp2(tl.minimum(f * 1.4426950408889634, 126.0, propagate_nan=tl.PropagateNan.ALL))
+            minus = fast_reciprocal(1.0 + e)
+            sigma = e * minus
         if HAS_LB:
             k = (1.0 - gamma) * minus
             lam = gamma + (1.0 - gamma) * sigma
@@ -203,14 +255,22 @@ if triton is not None:
         return sigma, minus, k, lam
 
     @triton.jit
+    def _act_sigmoid(x, ACT: tl.constexpr):
+        if ACT > 2:
+            s, _minus, _u, _y, _rest = exact_sigmoids(x)
+        else:
+            s = fast_reciprocal(1.0 + fast_exp2(-1.4426950408889634 * x))
+        return s
+
+    @triton.jit
     def activate_tile(x, ACT: tl.constexpr):
-        """`activate` for a tile of fp32 values; ACT is 0 (None), 1 ("silu") or 2 ("sigmoid")."""
+        """`activate` for a tile of fp32 values; ACT is an `activation_code`."""
         if ACT == 0:
             y = x
-        elif ACT == 1:
-            y = x * fast_reciprocal(1.0 + fast_exp2(-1.4426950408889634 * x))
+        elif ACT % 2 == 1:
+            y = x * _act_sigmoid(x, ACT)
         else:
-            y = fast_reciprocal(1.0 + fast_exp2(-1.4426950408889634 * x))
+            y = _act_sigmoid(x, ACT)
         return y
 
     @triton.jit
@@ -219,8 +279,8 @@ if triton is not None:
         if ACT == 0:
             d = x * 0.0 + 1.0
         else:
-            s = fast_reciprocal(1.0 + fast_exp2(-1.4426950408889634 * x))
-            if ACT == 1:
+            s = _act_sigmoid(x, ACT)
+            if ACT % 2 == 1:
                 d = s * (1.0 + x * (1.0 - s))
             else:
                 d = s * (1.0 - s)

@@ -61,7 +61,8 @@ _BF16 = {
     128: _tiles(64, 128, (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2), (32, 64, 2, 2)),
     256: _tiles(64, 256, (64, 128, 4, 3), (64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2), (32, 64, 2, 2)),
 }
-# fp32 operands: three tf32 products for fp32 inputs, one for fp16 (whose range the factors would leave)
+# fp32 operands: three tf32 products for fp32 inputs (but see `output_precision`), one for fp16 (whose range the
+# factors would leave)
 _FP32 = {
     16: _tiles(32, 16, (16, 16, 4), (16, 16, 4), (16, 16, 4), (16, 16, 4), (16, 16, 1)),
     32: _tiles(32, 32, (32, 32, 4), (32, 32, 4), (32, 32, 4), (32, 32, 4), (32, 32, 2)),
@@ -83,6 +84,12 @@ def arithmetic(dtype: torch.dtype) -> tuple[str, int, int]:
     if INTERPRET:
         return "ieee", 0, 0
     return ("tf32", 3, 4) if dtype == torch.float16 else ("tf32x3", 3, 0)
+
+
+def output_precision(dtype: torch.dtype) -> str:
+    """PRECISION of the products that form o and dv: of values of one sign, tf32 parts would lose fp32's last digits."""
+    precision = arithmetic(dtype)[0]
+    return "ieee" if precision == "tf32x3" else precision
 
 
 @functools.cache

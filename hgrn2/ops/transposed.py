@@ -40,12 +40,20 @@ def token_sum(x, masks, acc, SPLIT: tl.constexpr):
     """x `[BK, M]` times a mask `[M, M]`, plus acc: `masked_sum` for transposed tiles."""
     if SPLIT == 0:
         return tl.dot(x, masks[0].to(tl.float32), acc, input_precision="ieee")
-    for i in tl.static_range(SPLIT - 1):
+    parts = ()
+    for _ in tl.static_range(SPLIT - 1):
         # cut off, not rounded: the part is then also known in fp32 without a conversion back
         part = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-        acc = tl.dot(part.to(tl.bfloat16), masks[i], acc)
+        parts = parts + (part,)
         x = x - part
-    return tl.dot(x.to(tl.bfloat16), masks[SPLIT - 1], acc)
+    if SPLIT < 3:
+        for i in tl.static_range(SPLIT - 1):
+            acc = tl.dot(parts[i].to(tl.bfloat16), masks[i], acc)
+        return tl.dot(x.to(tl.bfloat16), masks[SPLIT - 1], acc)
+    total = tl.dot(x.to(tl.bfloat16), masks[SPLIT - 1])
+    for i in tl.static_range(SPLIT - 2, -1, -1):
+        total = tl.dot(parts[i].to(tl.bfloat16), masks[i], total)
+    return acc + total
 
 
 @triton.jit

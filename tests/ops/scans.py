@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from hgrn2.ops.gates import activate
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAMES = ("q", "f", "v", "lower_bound", "initial_state")
 
@@ -20,8 +22,9 @@ def in_the_interpreter(file: str) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-def plain_scan(q, f, v, lower_bound, *, initial_state):
+def plain_scan(q, f, v, lower_bound, *, initial_state, q_act=None, v_act=None):
     """Plain torch in the test's dtype: the loop with q, k, v and o in it, gates and state in fp32."""
+    q, v = activate(q, q_act), activate(v, v_act)
     lam = lower_bound + (1 - lower_bound) * torch.sigmoid(f.float())
     k = ((1 - lower_bound) * torch.sigmoid(-f.float())).to(f.dtype).float()
     state, outputs = initial_state, []

@@ -30,12 +30,14 @@ KERNELS = 16
 def variants(dim: int, dtype: torch.dtype):
     """(label, kernel, constants, absent arguments, options) of all kernels of one row of the table of tiles."""
     from hgrn2.ops import chunk_bwd, chunk_factors, chunk_fwd, chunk_safe, chunk_safe_bwd, tiles
+    from hgrn2.ops.gates import activation_code
 
     cfg = tiles.tiles_for(dim, dtype)
     precision, split, sub = tiles.arithmetic(dtype)
+    act = activation_code(1, dtype)
     common = dict(
         K=dim, C=cfg.chunk, SUB=sub, SPLIT=split, VARLEN=False, PRECISION=precision,
-        HAS_LB=True, LB_GRAD=True, Q_ACT=1, V_ACT=1, HAS_INIT=True, HAS_FINAL=True, ACT=0, EXACT=False,
+        HAS_LB=True, LB_GRAD=True, Q_ACT=act, V_ACT=act, HAS_INIT=True, HAS_FINAL=True, ACT=0, EXACT=False,
     )  # fmt: skip
 
     def variant(label, kernel, t, absent=(), **constants):
@@ -55,9 +57,10 @@ def variants(dim: int, dtype: torch.dtype):
                 constants = dict(MODE=mode, BACKWARD=backward, EXACT=exact)
                 yield variant(f"state{mode}{label}", chunk_fwd.chunk_state_kernel, cfg.state, absent, **constants)
     yield variant("score", chunk_safe.chunk_score_kernel, cfg.score)
+    output = dict(PRECISION=tiles.output_precision(dtype))
     for label, add in (("", False), ("_add", True)):
-        yield variant(f"out{label}", chunk_fwd.chunk_out_kernel, cfg.out, ADD=add)
-        yield variant(f"value_grad{label}", chunk_bwd.chunk_value_grad_kernel, cfg.dv, ADD=add)
+        yield variant(f"out{label}", chunk_fwd.chunk_out_kernel, cfg.out, ADD=add, **output)
+        yield variant(f"value_grad{label}", chunk_bwd.chunk_value_grad_kernel, cfg.dv, ADD=add, **output)
         yield variant(f"grad{label}", chunk_bwd.chunk_grad_kernel, cfg.grad, ADD=add)
         yield variant(f"safe_grad{label}", chunk_safe_bwd.chunk_safe_grad_kernel, cfg.safe_grad, ADD=add)
 

@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from scans import in_the_interpreter
+from scans import errors, in_the_interpreter, plain_scan
 
 pytest.importorskip("triton")
 
@@ -82,6 +82,16 @@ else:
     @pytest.mark.parametrize(("q_act", "v_act"), [("silu", None), ("sigmoid", "silu"), (None, "sigmoid")])
     def test_activations(q_act, v_act):
         check(draw(time=20, heads=1), q_act=q_act, v_act=v_act)
+
+    @pytest.mark.parametrize("mean", [0.0, -8.0])
+    def test_error_against_plain_torch(mean):
+        inputs = draw(batch=2, time=100, heads=4, mean=mean)
+        d_out, d_final = torch.randn(inputs[0].shape), torch.randn_like(inputs[4])
+        truth = run(recurrent_scan, inputs, d_out, d_final, torch.float64)
+        ours = errors(run(triton_scan, inputs, d_out, d_final, torch.float32), truth)
+        plain = errors(run(plain_scan, inputs, d_out, d_final, torch.float32), truth)
+        ratios = {n: ours[n] / plain[n] for n in truth}
+        assert all(ratio <= 2 for ratio in ratios.values()), ratios
 
     def test_no_lower_bound_and_no_state():
         inputs = draw()
