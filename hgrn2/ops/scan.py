@@ -13,6 +13,7 @@ from torch import Tensor
 from hgrn2.ops import tiles
 from hgrn2.ops.chunk import _cdiv, _multiprocessors, _on_its_device, _scratch, _signature, chunk_table
 from hgrn2.ops.directions import gradients
+from hgrn2.ops.gates import activation_code
 from hgrn2.ops.launch import Plan, Plans, Slots, kinds
 from hgrn2.ops.scan_bwd import scan_grad_kernel
 from hgrn2.ops.scan_fwd import scan_carry_kernel, scan_out_kernel, scan_segment_kernel
@@ -73,7 +74,7 @@ class _Lines:
     """All lines along one axis, which add their kernels to a plan; tensors have the names used here."""
 
     def __init__(
-        self, plan: Plan, scratch: Slots, q: Tensor, options: Options, axis: int, flags: dict, documents, step
+        self, plan: Plan, scratch: Slots, q: Tensor, options: Options, axis: int, flags: dict, documents, step, exact
     ):
         self.plan, self.scratch, self.options, self.axis = plan, scratch, options, axis
         self.heads, self.dim, self.device = q.shape[3], q.shape[4], q.device
@@ -88,12 +89,14 @@ class _Lines:
             self.segments = lines * per_line
         self.lines, self.carried = lines, per_line > 1 or self.varlen
         self.keys = _KEYS[self.dim]
+        self.exact = exact
         n = self.segments * self.heads * (self.dim // self.keys)
         self.blocks = _cdiv(n, _LANES)
         self.values = flags | dict(
             N=n, T=time, P=q.shape[3 - axis], NS=per_line, NC=self.segments, L=self.length,
             H=self.heads, K=self.keys, V=self.dim, LANES=_LANES, FLIP=options.flip, BOTH=options.both,
-            VARLEN=self.varlen, Q_ACT=options.q_act, V_ACT=options.v_act,
+            VARLEN=self.varlen, EXACT=exact,
+            Q_ACT=activation_code(options.q_act, q.dtype), V_ACT=activation_code(options.v_act, q.dtype),
         )  # fmt: skip
         self.absent = {
             name: "none" for name, there in (("lb", flags["HAS_LB"]), ("len", flags["HAS_LEN"])) if not there
@@ -128,7 +131,7 @@ class _Lines:
         values = {
             f"{to}_stride_{d}": self.values[f"{of}_stride_{d}"] for to, of in (("x", x), ("y", y)) for d in "bpth"
         }
-        acts = dict(X_ACT=self.options.q_act, Y_ACT=0) if grad else dict(X_ACT=0, Y_ACT=self.options.v_act)
+        acts = dict(X_ACT=self.values["Q_ACT"], Y_ACT=0) if grad else dict(X_ACT=0, Y_ACT=self.values["V_ACT"])
         values |= dict(GRAD=grad, UNROLL=_UNROLL[self.dim][0], **acts)
         self._add(scan_segment_kernel, self.blocks, values, x=x, y=y, own=name, decay=decay)
         rows = self.lines * self.heads * self.dim
@@ -156,9 +159,9 @@ class _Lines:
 
     def gradients(self, enter: str, d_enter: str, d_leave: str, bound: bool, add: bool) -> None:
         """dq, df and dv, and the segments' shares of d lower_bound."""
-        block, d_leave = self.dim in _BLOCK, "none" if self.carried else d_leave
+        block, d_leave = self.exact or self.dim in _BLOCK, "none" if self.carried else d_leave
         shape = (self.blocks, self.length, _LANES, self.keys)
-        unroll = _UNROLL[self.dim][2]
+        unroll = gradient_unroll(self.dim, self.exact)
         if block:
             shape = self._checkpoints(unroll)
         names = dict(enter=enter, d_enter=d_enter, d_leave=d_leave, dk=f"dk{self.axis}", dq2="none", dlb="none")
@@ -175,12 +178,23 @@ class _Lines:
         self._add(scan_grad_kernel, self.blocks, values, registers=_REGISTERS[self.dim][1], **names)
 
 
-def _lines(plan, scratch, options, q, f, v, lower_bound, lengths, documents) -> list[_Lines]:
+def gradient_unroll(dim: int, exact: bool) -> int:
+    """Tokens at a time in the backward's loops; where exact, states of each of them are held, too."""
+    return min(_UNROLL[dim][2], 2) if exact and dim > 2 else _UNROLL[dim][2]
+
+
+def _is_exact(dtype: torch.dtype, initial: bool) -> bool:
+    """Whether the hardware's fast functions and running sums would show: in fp32 results."""
+    return dtype == torch.float32 or initial
+
+
+def _lines(plan, scratch, options, q, f, v, lower_bound, lengths, documents, initial=False) -> list[_Lines]:
+    exact = _is_exact(q.dtype, initial)
     flags = dict(HAS_LEN=lengths is not None, HAS_LB=lower_bound is not None)
     found = []
     for axis in options.axes:
         step = max(x.stride(axis) for x in (q, f, v))
-        lines = _Lines(plan, scratch, q, options, axis, flags, documents, step)
+        lines = _Lines(plan, scratch, q, options, axis, flags, documents, step, exact)
         for name, x in (("q", q), ("f", f), ("v", v)):
             lines.strides(name, x)
         found.append(lines)
@@ -246,7 +260,7 @@ def backward(q, f, v, do, d_final, lower_bound, initial_state, lengths, cu_seqle
         saved, scratch = Slots(), Slots()
         enter, d_enter = "none" if initial_state is None else "init", "none" if d_final is None else "d_final"
         d_leave = "d_initial" if initial else "none"
-        every = _lines(plan, scratch, options, q, f, v, lower_bound, lengths, documents)
+        every = _lines(plan, scratch, options, q, f, v, lower_bound, lengths, documents, initial)
         if bound:  # all shares in one slot, for one sum; parts are aligned to a head's values, as a lane's store needs
             scratch.add("dlb", (sum(x.segments for x in every), *q.shape[3:]), torch.float32)
             for i, x in enumerate(every):

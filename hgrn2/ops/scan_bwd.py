@@ -13,12 +13,15 @@ runs in the first, which leaves its dq', and its D and x in the second.
 
 BLOCK: the first loop leaves its states at every UNROLL tokens, and the second runs them once more from there. Of small
 states that is far less than dk' and dq' of all tokens.
+
+EXACT (needs BLOCK), for fp32 inputs and the initial state's gradient: every token then has both S and D, and x is
+their product. The running sum's errors would stay with it where x itself decays.
 """
 
 import triton
 import triton.language as tl
 
-from hgrn2.ops.gates import activate_grad_tile, decay_tile, fast_reciprocal
+from hgrn2.ops.gates import activate_grad_tile, decay_tile, exact_reciprocal, fast_reciprocal
 from hgrn2.ops.scan_common import (
     SIZES,
     activated,
@@ -55,7 +58,7 @@ def scan_grad_kernel(
     K: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, FLIP: tl.constexpr,
     BOTH: tl.constexpr, VARLEN: tl.constexpr, HAS_LEN: tl.constexpr, HAS_LB: tl.constexpr, Q_ACT: tl.constexpr,
     V_ACT: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, LB_GRAD: tl.constexpr, HAS_ENTER: tl.constexpr,
-    HAS_D_ENTER: tl.constexpr, HAS_D_LEAVE: tl.constexpr,
+    HAS_D_ENTER: tl.constexpr, HAS_D_LEAVE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """dq, df, dv of each segment (strides g) from the states and gradients that enter it; ADD: added to what they hold.
 
@@ -102,7 +105,7 @@ def scan_grad_kernel(
             b_q = activated(q[u], m, Q_ACT)
             b_v = activated(v[u], m, V_ACT)
             b_do = do[u].to(tl.float32)
-            _sigma, _minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB)
+            _sigma, _minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB, EXACT)
             lam = tl.where(m, lam, 1.0)
             if not BLOCK:
                 tl.store(dk_ptr + p_scratch + t * (K * LANES), dot_values(grad, b_v, V))
@@ -163,18 +166,24 @@ def scan_grad_kernel(
             before_dk = ()
             before_dq2 = ()
             before_dv = ()
+            before_grad = ()
+            before_state2 = ()
             for u in tl.static_range(UNROLL - 1, -1, -1):
                 m = (place(i + u, L, FLIP) < real)[:, None]
                 b_v = activated(v[u], m, V_ACT)
                 b_do = do[u].to(tl.float32)
-                _sigma, _minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB)
+                _sigma, _minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB, EXACT)
                 lam = tl.where(m, lam, 1.0)
                 before_dk = (dot_values(grad, b_v, V),) + before_dk
                 grad = add_outer(grad, activated(q[u], m, Q_ACT), b_do, V)
-                before_dv = (dot_keys(grad, b_k, V),) + before_dv
+                if EXACT:
+                    before_grad = (grad,) + before_grad
+                before_dv = (over_head(dot_keys(grad, b_k, V), PARTS),) + before_dv
                 grad = scaled(grad, lam, V)
                 if BOTH:
                     state2 = scaled(state2, lam, V)
+                    if EXACT:
+                        before_state2 = (state2,) + before_state2
                     before_dq2 = (dot_values(state2, b_do, V),) + before_dq2
                     state2 = add_outer(state2, b_k, b_v, V)
         else:
@@ -190,23 +199,29 @@ def scan_grad_kernel(
             b_q = activated(q[u], m, Q_ACT)
             b_v = activated(v[u], m, V_ACT)
             b_do = do[u].to(tl.float32)
-            sigma, minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB)
+            sigma, minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB, EXACT)
             lam = tl.where(m, lam, 1.0)
             state = scaled(state, lam, V)
             b_dq = dot_values(state, b_do, V)
+            if EXACT:
+                b_dlog = dot_states(state, before_grad[u], V)
+            else:
+                b_dlog = b_x
+                b_x += b_k * b_dk - b_q * b_dq
             state = add_outer(state, b_k, b_v, V)
-            b_dlog = b_x
-            b_x += b_k * b_dk - b_q * b_dq
             b_diag = tl.sum(b_v * b_do, axis=1)[:, None]
             if BOTH:
                 b_dq2 = before_dq2[u]
                 b_dk2 = dot_values(grad2, b_v, V)
-                b_x2 += b_q * b_dq2 - b_k * b_dk2
-                b_dlog += b_x2
+                if not EXACT:
+                    b_x2 += b_q * b_dq2 - b_k * b_dk2
+                    b_dlog += b_x2
                 b_dq += b_dq2
                 b_dk += b_dk2
                 b_diag = 2.0 * b_diag
                 grad2 = add_outer(grad2, b_q, b_do, V)
+                if EXACT:
+                    b_dlog += dot_states(before_state2[u], grad2, V)
                 b_dv = over_head(dot_keys(grad2, b_k, V), PARTS)
                 grad2 = scaled(grad2, lam, V)
             if BOTH or BLOCK:
@@ -222,7 +237,8 @@ def scan_grad_kernel(
             if Q_ACT != 0:
                 b_dq = tl.where(m, b_dq * activate_grad_tile(q[u].to(tl.float32), Q_ACT), 0.0)
             if HAS_LB:
-                b_dlog = b_dlog * fast_reciprocal(tl.maximum(lam, 1e-37)) - b_dk
+                lam = tl.maximum(lam, 1e-37)
+                b_dlog = b_dlog * (exact_reciprocal(lam) if EXACT else fast_reciprocal(lam)) - b_dk
                 if LB_GRAD:
                     b_dlb += tl.where(m, b_dlog * minus, 0.0)
                 b_df = minus * sigma * (1.0 - gamma) * b_dlog

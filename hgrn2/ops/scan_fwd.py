@@ -37,13 +37,16 @@ def scan_segment_kernel(
     N, T, P, NS, NC, L, H,
     K: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, GRAD: tl.constexpr,
     FLIP: tl.constexpr, BOTH: tl.constexpr, VARLEN: tl.constexpr, HAS_LEN: tl.constexpr, HAS_LB: tl.constexpr,
-    X_ACT: tl.constexpr, Y_ACT: tl.constexpr,
+    X_ACT: tl.constexpr, Y_ACT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Each segment's own contribution to the state that leaves it, and its total decay `[NC, H, V]`.
 
     y is v and x is not read (GRAD: do and q: contributions to the states' gradients). What leaves against the order of
-    the loop is summed under the product P of the decays so far.
+    the loop is summed under the product P of the decays so far. Where EXACT, gradients of one scan are not: the loop
+    runs the other way, so that what has decayed most is summed first.
     """
+    TURN: tl.constexpr = GRAD and EXACT and not BOTH
+    BACK: tl.constexpr = FLIP != TURN
     inside, c, row, line, head, part, t0, _stored, real = locate(
         tl.program_id(0), N, table_ptr, len_ptr, T, P, NS, L, H, LANES, V // K, VARLEN, HAS_LEN
     )
@@ -57,24 +60,25 @@ def scan_segment_kernel(
     along = empty_state(LANES, K, V)
     against = empty_state(LANES, K, V)
     decay = tl.zeros([LANES, K], dtype=tl.float32) + 1.0
-    f = load_rows(p_f, 0, f_stride_t, real, L, 100.0, V, UNROLL, FLIP)
-    y = load_rows(p_y, 0, y_stride_t, real, L, 0.0, V, UNROLL, FLIP)
-    x = load_rows(p_x, 0, x_stride_t, real, L, 0.0, V, UNROLL, FLIP) if GRAD else f
+    f = load_rows(p_f, 0, f_stride_t, real, L, 100.0, V, UNROLL, BACK)
+    y = load_rows(p_y, 0, y_stride_t, real, L, 0.0, V, UNROLL, BACK)
+    x = load_rows(p_x, 0, x_stride_t, real, L, 0.0, V, UNROLL, BACK) if GRAD else f
     for i in tl.range(0, L, UNROLL):
         # the next tokens are on their way while these are worked on
-        next_f = load_rows(p_f, i + UNROLL, f_stride_t, real, L, 100.0, V, UNROLL, FLIP)
-        next_y = load_rows(p_y, i + UNROLL, y_stride_t, real, L, 0.0, V, UNROLL, FLIP)
-        next_x = load_rows(p_x, i + UNROLL, x_stride_t, real, L, 0.0, V, UNROLL, FLIP) if GRAD else next_f
+        next_f = load_rows(p_f, i + UNROLL, f_stride_t, real, L, 100.0, V, UNROLL, BACK)
+        next_y = load_rows(p_y, i + UNROLL, y_stride_t, real, L, 0.0, V, UNROLL, BACK)
+        next_x = load_rows(p_x, i + UNROLL, x_stride_t, real, L, 0.0, V, UNROLL, BACK) if GRAD else next_f
         for u in tl.static_range(UNROLL):
-            m = (place(i + u, L, FLIP) < real)[:, None]
-            _sigma, _minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB)
+            m = (place(i + u, L, BACK) < real)[:, None]
+            _sigma, _minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB, EXACT)
             lam = tl.where(m, lam, 1.0)
             b_y = activated(y[u], m, Y_ACT)
             if GRAD:
                 b_x = activated(x[u], m, X_ACT)
                 decay = decay * lam
-                against = add_outer(against, decay * b_x, b_y, V)
-                if BOTH:
+                if not TURN:
+                    against = add_outer(against, decay * b_x, b_y, V)
+                if BOTH or TURN:
                     along = scaled(add_outer(along, b_x, b_y, V), lam, V)
             else:
                 along = add_outer(scaled(along, lam, V), b_k, b_y, V)
@@ -88,7 +92,7 @@ def scan_segment_kernel(
     p_state = (c * H + head)[:, None] * V * V + o_k
     tl.store(decay_ptr + p_head, decay, mask=m_lane)
     second = own_ptr + NC.to(tl.int64) * H * V * V
-    store_state(own_ptr, p_state, against if GRAD else along, m_lane, V)
+    store_state(own_ptr, p_state, against if GRAD and not TURN else along, m_lane, V)
     if BOTH:
         store_state(second, p_state, along if GRAD else against, m_lane, V)
 
@@ -154,7 +158,7 @@ def scan_carry_kernel(
 def _out_pass(
     state, p_q, p_f, p_v, p_o, m_own, gamma, q_stride_t, f_stride_t, v_stride_t, o_stride_t, stored, real, L,
     K: tl.constexpr, V: tl.constexpr, UNROLL: tl.constexpr, FLIP: tl.constexpr, ADD: tl.constexpr,
-    HAS_LB: tl.constexpr, Q_ACT: tl.constexpr, V_ACT: tl.constexpr,
+    HAS_LB: tl.constexpr, Q_ACT: tl.constexpr, V_ACT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Run one scan over the lanes' segments; ADD: on top of what o holds. Returns the states that leave."""
     q = load_rows(p_q, 0, q_stride_t, real, L, 0.0, V, UNROLL, FLIP)
@@ -172,7 +176,7 @@ def _out_pass(
             m = (t < real)[:, None]
             b_q = activated(q[u], m, Q_ACT)
             b_v = activated(v[u], m, V_ACT)
-            _sigma, _minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB)
+            _sigma, _minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB, EXACT)
             state = add_outer(scaled(state, tl.where(m, lam, 1.0), V), b_k, b_v, V)
             b_o = over_head(dot_keys(state, b_q, V), V // K)
             if ADD:
@@ -189,7 +193,7 @@ def _out_pass(
 def _out_both(
     state, state2, p_q, p_f, p_v, p_o, p_scratch, gamma, q_stride_t, f_stride_t, v_stride_t, o_stride_t, stored, real,
     L, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, FLIP: tl.constexpr, ADD: tl.constexpr,
-    HAS_LB: tl.constexpr, Q_ACT: tl.constexpr, V_ACT: tl.constexpr,
+    HAS_LB: tl.constexpr, Q_ACT: tl.constexpr, V_ACT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Both scans: the opposite one leaves its states at every UNROLL tokens, from which the second loop takes it up."""
     f = load_rows(p_f, 0, f_stride_t, real, L, 100.0, K, UNROLL, not FLIP)
@@ -200,7 +204,7 @@ def _out_both(
         store_checkpoint(p_scratch, i // UNROLL, state2, K, K, LANES)
         for u in tl.static_range(UNROLL):
             m = (place(i + u, L, not FLIP) < real)[:, None]
-            _sigma, _minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB)
+            _sigma, _minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB, EXACT)
             state2 = add_outer(scaled(state2, tl.where(m, lam, 1.0), K), b_k, activated(v[u], m, V_ACT), K)
         f = next_f
         v = next_v
@@ -219,13 +223,13 @@ def _out_both(
         opposite = ()
         for u in tl.static_range(UNROLL - 1, -1, -1):
             m = (place(i + u, L, FLIP) < real)[:, None]
-            _sigma, _minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB)
+            _sigma, _minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB, EXACT)
             state2 = add_outer(scaled(state2, tl.where(m, lam, 1.0), K), b_k, activated(v[u], m, V_ACT), K)
             opposite = (dot_keys(state2, activated(q[u], m, Q_ACT), K),) + opposite
         for u in tl.static_range(UNROLL):
             t = place(i + u, L, FLIP)
             m = (t < real)[:, None]
-            _sigma, _minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB)
+            _sigma, _minus, b_k, lam = decay_tile(f[u].to(tl.float32), gamma, HAS_LB, EXACT)
             state = add_outer(scaled(state, tl.where(m, lam, 1.0), K), b_k, activated(v[u], m, V_ACT), K)
             b_o = dot_keys(state, activated(q[u], m, Q_ACT), K) + opposite[u]
             if ADD:
@@ -247,6 +251,7 @@ def scan_out_kernel(
     K: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, FLIP: tl.constexpr,
     BOTH: tl.constexpr, VARLEN: tl.constexpr, HAS_LEN: tl.constexpr, HAS_LB: tl.constexpr, Q_ACT: tl.constexpr,
     V_ACT: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, HAS_ENTER: tl.constexpr, HAS_LEAVE: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """Outputs of each segment from the states that enter it; ADD: on top of what o holds.
 
@@ -271,12 +276,12 @@ def scan_out_kernel(
         p_scratch = scratch_ptr + scratch_at(program(ADD), L // UNROLL * K, K, LANES)
         _out_both(
             state, state2, p_q, p_f, p_v, p_o, p_scratch, gamma, q_stride_t, f_stride_t, v_stride_t, o_stride_t,
-            stored, real, L, K, LANES, UNROLL, FLIP, ADD, HAS_LB, Q_ACT, V_ACT,
+            stored, real, L, K, LANES, UNROLL, FLIP, ADD, HAS_LB, Q_ACT, V_ACT, EXACT,
         )  # fmt: skip
     else:
         state = _out_pass(
             state, p_q, p_f, p_v, p_o, m_own, gamma, q_stride_t, f_stride_t, v_stride_t, o_stride_t, stored, real, L,
-            K, V, UNROLL, FLIP, ADD, HAS_LB, Q_ACT, V_ACT,
+            K, V, UNROLL, FLIP, ADD, HAS_LB, Q_ACT, V_ACT, EXACT,
         )  # fmt: skip
         if HAS_LEAVE:
             store_state(leave_ptr, p_state, state, m_lane, V)
@@ -286,5 +291,5 @@ def scan_out_kernel(
             state = load_state(enter_ptr, p_second, m_lane, V) if HAS_ENTER else empty_state(LANES, K, V)
             _out_pass(
                 state, p_q, p_f, p_v, p_o, m_own, gamma, q_stride_t, f_stride_t, v_stride_t, o_stride_t, stored, real,
-                L, K, V, UNROLL, not FLIP, True, HAS_LB, Q_ACT, V_ACT,
+                L, K, V, UNROLL, not FLIP, True, HAS_LB, Q_ACT, V_ACT, EXACT,
             )  # fmt: skip

@@ -6,8 +6,9 @@ The interpreter has to be chosen before Triton is imported, so these tests run i
 import os
 
 import pytest
+import scans
 import torch
-from scans import in_the_interpreter
+from scans import errors, in_the_interpreter
 
 pytest.importorskip("triton")
 
@@ -26,7 +27,8 @@ else:
 
     @pytest.fixture(autouse=True)
     def short_segments(monkeypatch):
-        """Segments of eight tokens."""
+        """Segments of eight tokens, worked on as those of 16-bit inputs are."""
+        monkeypatch.setattr(scan, "_is_exact", lambda dtype, initial: False)
         monkeypatch.setattr(scan, "_MIN_SEGMENT", 8)
         monkeypatch.setattr(scan, "_MAX_SEGMENT", dict.fromkeys((1, 2, 4, 8), 8))
         yield
@@ -64,6 +66,23 @@ else:
     @pytest.mark.parametrize("dim", [1, 2, 4, 8])
     def test_head_dims(dim, direction):
         check(draw(dim=dim), direction=direction)
+
+    @pytest.mark.parametrize(("dim", "direction"), [(8, "forward"), (4, "reverse"), (2, "both"), (8, "both")])
+    def test_fp32(dim, direction, monkeypatch):
+        monkeypatch.setattr(scan, "_is_exact", lambda dtype, initial: True)
+        check(draw(dim=dim), direction=direction, v_act="sigmoid")
+
+    @pytest.mark.parametrize(("mean", "dim"), [(0, 1), (-4, 8)])
+    def test_error_against_plain_torch(mean, dim, monkeypatch):
+        monkeypatch.undo()
+        inputs = draw(time=40, heads=64 // dim, dim=dim, mean=mean)
+        d_out, d_final = torch.randn(inputs[0].shape), torch.randn(inputs[4].shape)
+        options = dict(q_act="silu", v_act="sigmoid")
+        truth = run("reference", inputs, d_out, d_final, torch.float64, **options)
+        ours = errors(run("triton", inputs, d_out, d_final, torch.float32, **options), truth)
+        plain = errors(scans.run(scans.plain_scan, inputs, d_out, d_final, torch.float32, **options), truth)
+        ratios = {n: ours[n] / plain[n] for n in truth}
+        assert all(ratio <= 2 for ratio in ratios.values()), ratios
 
     @pytest.mark.parametrize("time", [1, 7, 8, 9])
     @pytest.mark.parametrize("direction", ["forward", "both"])
