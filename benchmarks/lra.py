@@ -120,7 +120,7 @@ def _combine(a, b):
     return b[0] * a[0], b[0] * a[1] + b[1]
 
 
-@torch.compile
+@torch.compile(dynamic=False)
 def _scanned(decay, x, reverse: bool):
     from torch._higher_order_ops.associative_scan import associative_scan
 
@@ -152,11 +152,13 @@ def expanded_scan(q, k, v, g):
 
 
 def padded_fla(q, k, v, g):
+    """fla's grids have rows x heads along an axis of at most 65,535 programs: more go in several calls."""
     from fla.ops.gla import chunk_gla
 
     dim = q.shape[-1]
     q, k, v, g = (torch.nn.functional.pad(x, (0, 16 - dim)) for x in (q, k, v, g))
-    return chunk_gla(q, k, v, g, scale=1.0)[0][..., :dim]
+    parts = zip(*(x.split(65535 // x.shape[2]) for x in (q, k, v, g)), strict=True)
+    return torch.cat([chunk_gla(*part, scale=1.0)[0][..., :dim] for part in parts])
 
 
 def peer(run, shape, width, dim, direction, want: torch.Tensor) -> dict:
@@ -236,6 +238,7 @@ def main() -> None:
                 row[other] = peer(PEERS[other], *SHAPES[name], want)
             except torch.cuda.OutOfMemoryError:
                 row[other] = None
+            torch.compiler.reset()  # a scan compiled for one shape is no help to the next
             torch.cuda.empty_cache()
         result["shapes"][name] = row
         print(name, json.dumps(row), flush=True)

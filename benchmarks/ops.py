@@ -9,6 +9,7 @@ and ops.png beside this file.
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import json
 import statistics
@@ -160,6 +161,18 @@ def layer(dim: int = 2048, batch: int = 8, time: int = 2048) -> dict:
     return result | {"fla ms": milliseconds(lambda: peer(x, lower_bound=low)[0].backward(x.detach()))}
 
 
+def directions(batch, time, heads, dim, mean, spread, bound) -> dict:
+    """Forward and backward of one direction and of both in one call, in ms."""
+    q, f, v, do, gamma = draw(batch, time, heads, dim, mean, spread, bound)
+    leaves = [x.requires_grad_() for x in (q, f, v)]
+
+    def run(direction):
+        o, _ = hgrn2_scan(q, f, v, gamma, direction=direction, impl="triton")
+        torch.autograd.grad(o, leaves, do)
+
+    return {name: milliseconds(functools.partial(run, name)) for name in ("forward", "both")}
+
+
 def floor(batch, time, heads, dim, copy: float) -> tuple[float, float]:
     """Milliseconds to move the least bytes at copy speed: q f v o, and with backward q f v do dq df dv besides."""
     one = batch * time * heads * dim * 2
@@ -185,6 +198,8 @@ def table(result: dict) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     times = ", ".join(f"T {t}: {ms:.2f}" for t, ms in result["131072 tokens, H16 D128: fwd+bwd ms by T"].items())
     lines += ["", f"131,072 tokens, H16 D128, fwd+bwd ms by length: {times}."]
+    times = ", ".join(f"{n} {ms['both'] / ms['forward']:.2f}x" for n, ms in result["directions"].items())
+    lines += ["", f"Both directions in one call against one, fwd+bwd: {times}."]
     if "layer" in result:
         ours, fla = result["layer"]["ours ms"], result["layer"]["fla ms"]
         lines += ["", f"Mixer layer, hidden 2048, B8 T2048, fwd+bwd: {ours:.2f} ms, fla's {fla:.2f} ms."]
@@ -246,6 +261,7 @@ def main() -> None:
     result["131072 tokens, H16 D128: fwd+bwd ms by T"] = {
         name: ours(*draw(batch, time, 16, 128, 0.0, 1.0, True))["fwd+bwd ms"] for name, (batch, time) in LENGTHS.items()
     }
+    result["directions"] = {name: directions(*SHAPES[name]) for name in ("1.3B LM layer", "ViT tiny")}
     (args.out / "ops.json").write_text(json.dumps(result, indent=1) + "\n")
     if not (args.quick or args.no_layer):
         result["layer"] = layer()

@@ -1,7 +1,11 @@
 """One small run of every kernel, for a memory checker:
 
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/ops/memcheck.py
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/ops/memcheck.py [PART PARTS]
+
+Kernels are compiled first, for minutes: PART of PARTS (0 of 8, say) runs every eighth, so that eight may run at once.
 """
+
+import sys
 
 import torch
 
@@ -39,21 +43,27 @@ def step(dim: int, dtype: torch.dtype) -> None:
     hgrn2_step(q, f, v, torch.zeros(2, 3, dim, dim, device=DEVICE), lower_bound)
 
 
-def main() -> None:
+def main(part: int, parts: int) -> None:
     torch.manual_seed(0)
     lengths = torch.tensor([70, 13], device=DEVICE)
+    runs = []
     for dim, dtype in ((16, BF16), (64, BF16), (128, BF16), (64, FP16), (128, FP32)):
         for mean in (0.0, -8.0):  # fast chunks and safe ones
-            scan(dim, dtype, mean=mean)
+            runs.append(lambda dim=dim, dtype=dtype, mean=mean: scan(dim, dtype, mean=mean))
     for dim in (1, 2, 4, 8, 64):
-        scan(dim, BF16)
-        scan(dim, BF16, "both", lengths=lengths)
-        grid(dim, BF16)
-        step(dim, BF16)
+        runs += [
+            lambda dim=dim: scan(dim, BF16),
+            lambda dim=dim: scan(dim, FP32, "both"),
+            lambda dim=dim: scan(dim, BF16, "both", lengths=lengths),
+            lambda dim=dim: grid(dim, BF16),
+            lambda dim=dim: step(dim, BF16),
+        ]
+    for run in runs[part::parts]:
+        run()
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-    print("every kernel ran")
+    print("every kernel ran" if parts == 1 else f"part {part} of {parts} ran")
 
 
 if __name__ == "__main__":
-    main()
+    main(*(map(int, sys.argv[1:]) if len(sys.argv) > 1 else (0, 1)))
