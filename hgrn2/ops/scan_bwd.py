@@ -205,10 +205,10 @@ def scan_grad_kernel(
             b_dq = dot_values(state, b_do, V)
             if EXACT:
                 b_dlog = dot_states(state, before_grad[u], V)
-            else:
+            state = add_outer(state, b_k, b_v, V)
+            if not EXACT:
                 b_dlog = b_x
                 b_x += b_k * b_dk - b_q * b_dq
-            state = add_outer(state, b_k, b_v, V)
             b_diag = tl.sum(b_v * b_do, axis=1)[:, None]
             if BOTH:
                 b_dq2 = before_dq2[u]
