@@ -164,7 +164,7 @@ def layer(dim: int = 2048, batch: int = 8, time: int = 2048) -> dict:
 def directions(batch, time, heads, dim, mean, spread, bound) -> dict:
     """Forward and backward of one direction and of both in one call, in ms."""
     q, f, v, do, gamma = draw(batch, time, heads, dim, mean, spread, bound)
-    leaves = [x.requires_grad_() for x in (q, f, v)]
+    leaves = [x.requires_grad_() for x in (q, f, v)] + ([] if gamma is None else [gamma.requires_grad_()])
 
     def run(direction):
         o, _ = hgrn2_scan(q, f, v, gamma, direction=direction, impl="triton")

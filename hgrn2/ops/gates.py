@@ -182,7 +182,8 @@ if triton is not None:
         """`forget_gate` for a tile of fp32 logits: (sigmoid(f), sigmoid(-f), k, lam, log2 lam).
 
         f is broadcast against gamma (`[1, K]`, ignored without HAS_LB). Near lam = 1, where the hardware logarithm is
-        only accurate to 2^-22 absolute, log2 lam is a polynomial (relative error under 3e-7; EXACT: 1e-7).
+        only accurate to 2^-22 absolute, log2 lam is a polynomial (relative error under 3e-7; EXACT: to 1.2e-7 with a
+        lower bound).
         """
         if EXACT:
             sigma, minus, u, y, rest = exact_sigmoids(f)

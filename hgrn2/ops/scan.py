@@ -184,7 +184,7 @@ def gradient_unroll(dim: int, exact: bool) -> int:
 
 
 def _is_exact(dtype: torch.dtype, initial: bool) -> bool:
-    """Whether the hardware's fast functions and running sums would show: in fp32 results."""
+    """For fp32 inputs and the initial state's gradient: the hardware's fast functions and running sums would show."""
     return dtype == torch.float32 or initial
 
 

@@ -11,11 +11,11 @@ x_0 = S_{-1} C_{-1} where the segment starts: the first loop runs D and leaves d
 The dashed terms leave out a token's score with itself, which cancels. The opposite scan of BOTH shares the loops: its S
 runs in the first, which leaves its dq', and its D and x in the second.
 
-BLOCK: the first loop leaves its states at every UNROLL tokens, and the second runs them once more from there. Of small
-states that is far less than dk' and dq' of all tokens.
+BLOCK: the first loop leaves its states at every UNROLL tokens, and the second runs them once more from there. For head
+dims 1 and 2 that is far less than dk' and dq' of all tokens.
 
-EXACT (needs BLOCK), for fp32 inputs and the initial state's gradient: every token then has both S and D, and x is
-their product. The running sum's errors would stay with it where x itself decays.
+EXACT (needs BLOCK), for fp32 inputs and the initial state's gradient: run so, every token has both S and D, and x is
+their product; the running sum's errors would stay with it where x itself decays. Head dims 4 and 8 pay with more scratch.
 """
 
 import triton

@@ -87,7 +87,10 @@ def arithmetic(dtype: torch.dtype) -> tuple[str, int, int]:
 
 
 def output_precision(dtype: torch.dtype) -> str:
-    """PRECISION of the products that form o and dv: of values of one sign, tf32 parts would lose fp32's last digits."""
+    """PRECISION of the products that form o, dv, and the gradient of the scores.
+
+    Of values of one sign, tf32 parts would lose fp32's last digits.
+    """
     precision = arithmetic(dtype)[0]
     return "ieee" if precision == "tf32x3" else precision
 

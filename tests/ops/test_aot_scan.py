@@ -37,6 +37,9 @@ def variants(dim: int):
         options |= {} if registers is None else dict(maxnreg=registers)
         absent = ["table_ptr", "len_ptr", *absent]
         yield f"bf16:{dim} scan {label}", kernel, torch.bfloat16, constants, absent, options
+        if label == "segment grad":  # of one scan, from its last token on
+            constants = constants | dict(X_ACT=3, BOTH=False, EXACT=True)
+            yield f"fp32:{dim} scan {label}", kernel, torch.float32, constants, absent, options
         if label == "grad":
             constants |= dict(Q_ACT=3, BLOCK=True, EXACT=True, UNROLL=scan.gradient_unroll(dim, True))
             yield f"fp32:{dim} scan {label}", kernel, torch.float32, constants, absent, options
@@ -53,7 +56,7 @@ def check(capability: int, dims: list[int], folder) -> None:
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
-    assert len(report) == 6 * len(dims)
+    assert len(report) == 7 * len(dims)
     record(capability, report)
     assert not {name: row for name, row in report.items() if row["shared"] > SHARED[capability]}
     # states that spill would go to memory at every token (fp32's are recorded: exact functions take registers)
