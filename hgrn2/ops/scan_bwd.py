@@ -15,7 +15,7 @@ BLOCK: the first loop leaves its states at every UNROLL tokens, and the second r
 dims 1 and 2 that is far less than dk' and dq' of all tokens.
 
 EXACT (needs BLOCK), for fp32 inputs and the initial state's gradient: run so, every token has both S and D, and x is
-their product; the running sum's errors would stay with it where x itself decays. Head dims 4 and 8 pay with more scratch.
+their product; the running sum's errors would stay with it where x itself decays. Head dims 4 and 8 take more scratch.
 """
 
 import triton

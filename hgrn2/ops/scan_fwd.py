@@ -42,8 +42,8 @@ def scan_segment_kernel(
     """Each segment's own contribution to the state that leaves it, and its total decay `[NC, H, V]`.
 
     y is v and x is not read (GRAD: do and q: contributions to the states' gradients). What leaves against the order of
-    the loop is summed under the product P of the decays so far. Where EXACT and not BOTH, the loop of the gradients runs
-    the other way instead, so that what has decayed most is summed first.
+    the loop is summed under the product P of the decays so far. Where EXACT and not BOTH, the gradients' loop runs the
+    other way instead, so that what has decayed most is summed first.
     """
     TURN: tl.constexpr = GRAD and EXACT and not BOTH
     BACK: tl.constexpr = FLIP != TURN
