@@ -115,7 +115,7 @@ class _Call:
 
     def states(self, x: str, y: str, states: str, enter: str, leave: str, backward: bool) -> None:
         """Chunk states, from `enter` to `leave` ("none": zero, not wanted); splits few long sequences."""
-        tile = self.tiles.state
+        tile = tiles.exact_state(self.dim) if x == "qf" else self.tiles.state
         blocks = self.heads * (self.dim // tile.bk) * (self.dim // tile.bv)
         multiprocessors = _multiprocessors(self.device)
         values = {f"y_stride_{axis}": self.values[f"{y}_stride_{axis}"] for axis in "bpth"} | dict(

@@ -86,6 +86,11 @@ def arithmetic(dtype: torch.dtype) -> tuple[str, int, int]:
     return ("tf32", 3, 4) if dtype == torch.float16 else ("tf32x3", 3, 0)
 
 
+def exact_state(head_dim: int) -> Kernel:
+    """The tile of the states' gradients where the initial state has one: of fp32 products, which take registers."""
+    return Kernel(min(head_dim, 32), min(head_dim, 32), 8 if head_dim > 32 else 4)
+
+
 def output_precision(dtype: torch.dtype) -> str:
     """PRECISION of the products that form o, dv, and the gradient of the scores.
 

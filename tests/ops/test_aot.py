@@ -55,7 +55,8 @@ def variants(dim: int, dtype: torch.dtype):
         for label, backward, exact in (("", False, False), ("_grad", True, False), ("_exact", True, True)):
             if not (exact and mode):
                 constants = dict(MODE=mode, BACKWARD=backward, EXACT=exact)
-                yield variant(f"state{mode}{label}", chunk_fwd.chunk_state_kernel, cfg.state, absent, **constants)
+                t = tiles.exact_state(dim) if exact else cfg.state
+                yield variant(f"state{mode}{label}", chunk_fwd.chunk_state_kernel, t, absent, **constants)
     yield variant("score", chunk_safe.chunk_score_kernel, cfg.score)
     output = dict(PRECISION=tiles.output_precision(dtype))
     for label, add in (("", False), ("_add", True)):
