@@ -20,7 +20,8 @@ The same factors serve the chunk's state, S_C = 2^total S_0 + scale kx^T v with 
 they are formed once, by `chunk_factor_kernel`, and the later kernels are little but products. Buffers of factors are
 `[NC, H, C, K]`, zero where a chunk has no token.
 
-Reverse scans run the same kernels with the token order flipped at loads and stores of tokens.
+Reverse scans run the same kernels with the token order flipped at loads and stores of tokens. Their chunks are those of
+forward scans in reverse order: where one is not full, it is the first.
 """
 
 import triton
@@ -56,8 +57,10 @@ def locate(c, table_ptr, len_ptr, T, NT, P, sign, has_len, C: tl.constexpr, VARL
         i_t = c - n * NT
         b = c // (NT * P)  # not n // P: divisions side by side take fewer registers
         p = n - b * P
-        rows = tl.minimum(T - i_t * C, C)
-        t0 = tl.where(sign < 0, T - 1 - i_t * C, i_t * C)
+        # the chunks of both directions are the same tokens
+        begin = tl.where(sign < 0, NT - 1 - i_t, i_t) * C
+        rows = tl.minimum(T - begin, C)
+        t0 = tl.where(sign < 0, begin + rows - 1, begin)
         first = i_t == 0
         last = i_t == NT - 1
     length = tl.load(len_ptr + n, mask=has_len != 0, other=2147483647)
@@ -71,6 +74,20 @@ def row_masks(t0, rows, length, sign, C: tl.constexpr):
     m_in = o_c < rows
     o_t = o_c * sign
     return o_t, m_in, m_in & (t0 + o_t < length)
+
+
+@triton.jit
+def opposite(c, table_ptr, rows, NT, C: tl.constexpr, VARLEN: tl.constexpr):
+    """Where the scan in the other direction has the tokens of chunk c: its chunk, and each token's row in it `[C]`.
+
+    Rows without a token stay among themselves.
+    """
+    if VARLEN:
+        c2 = tl.load(table_ptr + c * 4 + 3) >> 2
+    else:
+        i_t = c % NT
+        c2 = c - i_t + NT - 1 - i_t
+    return c2, (rows - 1 - tl.arange(0, C)) & (C - 1)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The scans of one call of the chunked kernels: each but the first adds to the outputs and gradients before it.
+"""The scans of one call of the chunked kernels: one, or pairs in opposite directions, the second adding to the first.
 
 Shapes: B batch, T time, Y and X rows and columns of a grid, H heads, K = V head dim. Columns of `[B, Y, X, H, K]` are
 read and written in place: to the kernels they are the lines of `[B, X, Y, H, K]` with other strides.
@@ -36,13 +36,17 @@ def layout(shape, dtype, direction: str, packed: int | None, keep: bool, exact: 
 
     *sizes, heads, dim = shape
     chunks, begins, end = [], [], 0
-    for columns, _ in SCANS[direction]:
+    for i, (columns, _) in enumerate(SCANS[direction]):
         time = sizes[1] if columns else sizes[-1]
         rest = sizes[:1] + (sizes[2:] if columns else sizes[1:-1])
         chunks.append(count_chunks(math.prod(rest), time, dim, dtype, None) if packed is None else packed)
-        # without a backward they take turns in one place
-        begins.append((end + 15) // 16 * 16 if keep else 0)
-        end = max(end, begins[-1] + saved_slots(chunks[-1], heads, dim, dtype, keep, exact).size)
+        size = saved_slots(chunks[-1], heads, dim, dtype, keep, exact).size
+        # without a backward the axes take turns in one place
+        if keep:
+            begins.append((end + 15) // 16 * 16)
+        else:
+            begins.append(i % 2 * ((size + 15) // 16 * 16))
+        end = max(end, begins[-1] + size)
     return chunks, [*begins, end]
 
 
@@ -52,24 +56,29 @@ _layout = functools.lru_cache(512)(layout)
 def forward(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, direction: str, output_final_state, q_act, v_act,
             fast_limit=None, keep=True, exact=False):  # fmt: skip
     """As `chunk.forward`; with several scans the buffers and tables are those of all, one after the other."""
-    from hgrn2.ops import chunk
+    from hgrn2.ops import chunk, pair
 
-    scans, options = SCANS[direction], (output_final_state, q_act, v_act, fast_limit, keep, exact)
-    rest = (lower_bound, initial_state, lengths, cu_seqlens)
+    scans = SCANS[direction]
     if len(scans) == 1:
-        return chunk.forward(q, f, v, *rest, scans[0][1], *options)
+        return chunk.forward(
+            q, f, v, lower_bound, initial_state, lengths, cu_seqlens, scans[0][1], output_final_state, q_act, v_act,
+            fast_limit, keep, exact,
+        )  # fmt: skip
     packed = (
         None if cu_seqlens is None else chunk.count_chunks(1, q.shape[1], q.shape[3], q.dtype, cu_seqlens.shape[0] - 1)
     )
     chunks, at = _layout(q.shape, q.dtype, direction, packed, keep, exact)
     o, buffer, tables = v.new_empty(q.shape), q.new_empty(at[-1], dtype=torch.uint8), []
-    for i, (columns, reverse) in enumerate(scans):
-        *inputs, out = _lines(columns, q, f, v, o)
-        part = buffer[at[i] : at[i + 1]] if keep else buffer
-        if keep and i + 1 < len(scans) and chunks[i] * q.shape[-2] % 4:
-            part[-16:].zero_()  # the gap before the next scan's would hold anything
-        *_, table = chunk.forward(*inputs, *rest, reverse, *options, o=out, add=i > 0, buffer=part)
-        tables.append(table)
+    for i in range(0, len(scans), 2):
+        *inputs, out = _lines(scans[i][0], q, f, v, o)
+        if keep:
+            for j in range(i, min(i + 2, len(scans) - 1)):
+                if chunks[j] * q.shape[-2] % 4:
+                    buffer[at[j + 1] - 16 : at[j + 1]].zero_()  # the gap before the next scan's would hold anything
+        parts = buffer[at[i] :], buffer[at[i + 1] :]
+        tables += pair.forward(
+            *inputs, lower_bound, lengths, cu_seqlens, q_act, v_act, fast_limit, keep, out, i > 0, parts
+        )  # fmt: skip
     return o, None, buffer, None if packed is None else torch.cat(tables)
 
 
@@ -79,23 +88,24 @@ def backward(do, d_final, q, f, v, lower_bound, lengths, buffer, table, directio
 
     packed: where q, f and v are slots of one packed projection, their gradients are slots of one tensor, too.
     """
-    from hgrn2.ops import chunk
+    from hgrn2.ops import chunk, pair
 
-    grads = gradients(q, f, v, packed)
-    scans, options = SCANS[direction], (q_act, v_act, lower_bound_grad, initial_rows)
+    grads, scans = gradients(q, f, v, packed), SCANS[direction]
     rest = (lower_bound, lengths)
     if len(scans) == 1:
+        options = (q_act, v_act, lower_bound_grad, initial_rows)
         ends = chunk.backward(do, d_final, q, f, v, *rest, buffer, table, scans[0][1], *options, grads)
         return *grads, *ends
     tables = (None,) * len(scans) if table is None else table.chunk(len(scans))
     packed = None if table is None else tables[0].shape[0]
     _, at = _layout(q.shape, q.dtype, direction, packed, True, False)
     bound = None
-    for i, (columns, reverse) in enumerate(scans):
-        do_, q_, f_, v_, *out = _lines(columns, do, q, f, v, *grads)
-        part = buffer[at[i] : at[i + 1]]
-        share, _ = chunk.backward(
-            do_, None, q_, f_, v_, *rest, part, tables[i], reverse, *options, out, add=i > 0
+    for i in range(0, len(scans), 2):
+        inputs = _lines(scans[i][0], do, q, f, v)
+        out = _lines(scans[i][0], *grads)
+        parts = buffer[at[i] :], buffer[at[i + 1] :]
+        share = pair.backward(
+            *inputs, *rest, parts, tables[i : i + 2], q_act, v_act, lower_bound_grad, out, i > 0
         )  # fmt: skip
         bound = share if bound is None else bound + share
     return *grads, bound, None

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hgrn2.ops import tiles
-from hgrn2.ops.chunk import _cdiv, _multiprocessors, _on_its_device, _scratch, _signature, chunk_table
+from hgrn2.ops.call import cdiv, multiprocessors
+from hgrn2.ops.chunk import _on_its_device, _scratch, _signature, chunk_table
 from hgrn2.ops.directions import gradients
 from hgrn2.ops.gates import activation_code
 from hgrn2.ops.launch import Plan, Plans, Slots, kinds
@@ -50,12 +51,12 @@ class Options:
 
 def segment_length(lines: int, time: int, heads: int, dim: int, device: torch.device, stride: int) -> int:
     """Tokens a segment, a multiple of 8, for lines of `time` tokens that lie `stride` values apart."""
-    wanted = _multiprocessors(device) * _WANTED[dim]
-    length = max(_cdiv(time, _cdiv(wanted, lines * heads * (dim // _KEYS[dim]))), _MIN_SEGMENT)
+    wanted = multiprocessors(device) * _WANTED[dim]
+    length = max(cdiv(time, cdiv(wanted, lines * heads * (dim // _KEYS[dim]))), _MIN_SEGMENT)
     # offsets inside a segment are 32 bits wide
     length = min(length, _MAX_SEGMENT[dim], max(8, (2**31 - 1) // max(1, stride) - 8))
     # equal segments, of whole rounds of loads
-    return 8 * _cdiv(_cdiv(time, _cdiv(time, length)), 8)
+    return 8 * cdiv(cdiv(time, cdiv(time, length)), 8)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -85,13 +86,13 @@ class _Lines:
             self.segments = per_line = (time + documents * (self.length - 1)) // self.length
             lines = 1
         else:
-            per_line = _cdiv(time, self.length)
+            per_line = cdiv(time, self.length)
             self.segments = lines * per_line
         self.lines, self.carried = lines, per_line > 1 or self.varlen
         self.keys = _KEYS[self.dim]
         self.exact = exact
         n = self.segments * self.heads * (self.dim // self.keys)
-        self.blocks = _cdiv(n, _LANES)
+        self.blocks = cdiv(n, _LANES)
         self.values = flags | dict(
             N=n, T=time, P=q.shape[3 - axis], NS=per_line, NC=self.segments, L=self.length,
             H=self.heads, K=self.keys, V=self.dim, LANES=_LANES, FLIP=options.flip, BOTH=options.both,
@@ -140,7 +141,7 @@ class _Lines:
             N=rows, K=self.dim, LANES=lanes, UNROLL=8, GRAD=grad, HAS_INIT=enter != "none", HAS_FINAL=leave != "none"
         )  # fmt: skip
         self._add(
-            scan_carry_kernel, shape[0] * _cdiv(rows, lanes), values, 1, own=name, decay=decay, init=enter, final=leave
+            scan_carry_kernel, shape[0] * cdiv(rows, lanes), values, 1, own=name, decay=decay, init=enter, final=leave
         )  # fmt: skip
         return name
 

@@ -35,8 +35,8 @@ else:
         """Call it to have sequences split into segments of two chunks."""
 
         def set_it():
-            monkeypatch.setattr(chunk, "_MIN_SPLIT", 4)
-            monkeypatch.setattr(chunk, "_multiprocessors", lambda _: 64)
+            monkeypatch.setattr(call, "_MIN_SPLIT", 4)
+            monkeypatch.setattr(call, "multiprocessors", lambda _: 64)
             monkeypatch.setattr(chunk, "_forward_plans", {})
             monkeypatch.setattr(chunk, "_backward_plans", {})
 

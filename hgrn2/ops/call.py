@@ -1,0 +1,173 @@
+"""The launches of one scan of the chunked kernels, planned (see `launch`). Shapes as in `chunk_common`."""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from hgrn2.ops import tiles
+from hgrn2.ops.chunk_bwd import chunk_grad_kernel, chunk_value_grad_kernel
+from hgrn2.ops.chunk_common import FAST_LIMIT, FAST_LIMIT_FP32
+from hgrn2.ops.chunk_factors import chunk_factor_kernel
+from hgrn2.ops.chunk_fwd import carry_kernel, chunk_out_kernel, chunk_state_kernel
+from hgrn2.ops.chunk_safe import chunk_score_kernel
+from hgrn2.ops.chunk_safe_bwd import chunk_safe_grad_kernel
+from hgrn2.ops.gates import activation_code
+from hgrn2.ops.launch import Plan, Slots, kinds
+
+# sequences of fewer chunks are not worth splitting
+_MIN_SPLIT = 16
+# programs a multiprocessor that safe chunks are spread over at least, if there are as many
+_SAFE_PROGRAMS = 16
+
+# what each scan of a call has for itself
+_OWN = {
+    "table", "qx", "kx", "ex", "qf", "states", "a", "total", "safe", "seg", "decay", "dstates", "da", "diag", "dlb",
+}  # fmt: skip
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def saved_slots(n_chunks: int, heads: int, dim: int, dtype: torch.dtype, keep: bool, exact: bool) -> Slots:
+    """What the forward leaves in one buffer: for the backward if `keep`, for an initial state's gradient if `exact`."""
+    slots, chunk, product = Slots(), tiles.tiles_for(dim, dtype).chunk, tiles.product_dtype(dtype)
+    for name in ("qx", "kx", "ex") if keep else ("qx", "kx"):
+        slots.add(name, (n_chunks, heads, chunk, dim), product)
+    slots.add("states", (n_chunks, heads, dim, dim), product)
+    slots.add("a", (n_chunks, heads, chunk, chunk), product)
+    slots.add("total", (n_chunks, heads, dim), torch.float32)
+    if exact:
+        slots.add("qf", (n_chunks, heads, chunk, dim), torch.float32)
+    slots.add("safe", (n_chunks, heads), torch.int32)  # last: no gaps, which would hold anything
+    return slots
+
+
+class Call:
+    """Sizes and constants of one scan, which add its kernels to a plan; tensors have the names used here.
+
+    suffix: at the end of the names of what is the scan's own, if it shares the plan of another `Call`, `beside`.
+    """
+
+    def __init__(
+        self, q, f, v, lower_bound, lengths, others, n_chunks, packed_documents, reverse, q_act, v_act, suffix="",
+        beside=None,
+    ):  # fmt: skip
+        *lines, self.time, self.heads, self.dim = q.shape
+        self.batch = math.prod(lines)
+        self.device, self.dtype, self.tiles = q.device, q.dtype, tiles.tiles_for(self.dim, q.dtype)
+        chunk = self.tiles.chunk
+        self.n_chunks, self.n_t, self.varlen = n_chunks, cdiv(self.time, chunk), packed_documents
+        precision, split, sub = tiles.arithmetic(q.dtype)
+        self.values = dict(
+            T=self.time, NT=self.n_t, P=1 if len(lines) == 1 else lines[1], NC=n_chunks, H=self.heads,
+            sign=-1 if reverse else 1, has_len=int(lengths is not None), K=self.dim, C=chunk,
+            SUB=sub, VARLEN=packed_documents, HAS_LB=lower_bound is not None, PRECISION=precision, SPLIT=split,
+            Q_ACT=activation_code(q_act, q.dtype), V_ACT=activation_code(v_act, q.dtype),
+        )  # fmt: skip
+        self.lengths = "safe" if lengths is None else "len"  # any integers: they are not read
+        self.suffix = suffix
+        self.plan = Plan(kinds((q, f, v, lower_bound, lengths, *others))) if beside is None else beside.plan
+        for name, x in (("q", q), ("f", f), ("v", v)):
+            self.strides(name, x)
+        self.scratch = Slots() if beside is None else beside.scratch
+        self.masks = {name: tiles.sum_masks(size, q.device) for name, size in (("mask", chunk), ("mask32", 32))}
+
+    def strides(self, name: str, x: Tensor) -> None:
+        b, *p, t, h, _ = x.stride()
+        self.values |= {f"{name}_stride_{axis}": s for axis, s in zip("bpth", (b, *(p or (0,)), t, h), strict=True)}
+
+    def add(self, kernel, programs: int, tile: tiles.Kernel, values: dict | None = None, **names: str) -> None:
+        values = self.values | dict(BK=tile.bk, BV=tile.bv, STAGES=tile.stages) | (values or {})
+        pointers = [name[:-4] for name in kernel.arg_names if name.endswith("_ptr")]
+        names = {name: name for name in pointers} | dict(len=self.lengths) | names
+        self.plan.add(kernel, programs, tile.options, values, **{n: self.own(x) for n, x in names.items()})
+
+    def own(self, name: str) -> str:
+        return name + self.suffix if name in _OWN else name
+
+    def factors(self, keep: bool, exact: bool, fast_limit: float | None) -> None:
+        if fast_limit is None:
+            fast_limit = FAST_LIMIT_FP32 if self.dtype == torch.float32 else FAST_LIMIT
+        tile = self.tiles.factor
+        band = max(1, tile.bk // self.dim)
+        values = dict(BH=band, BT=tile.bv, EXACT=exact, keep=int(keep), fast_limit=float(fast_limit))
+        names = dict(qf="qf" if exact else "none", ex="ex" if keep else "qx")
+        self.add(chunk_factor_kernel, self.n_chunks * cdiv(self.heads, band), tile, values, **names)
+
+    def states(self, x: str, y: str, states: str, enter: str, leave: str, backward: bool) -> None:
+        """Chunk states, from `enter` to `leave` ("none": zero, not wanted); splits few long sequences."""
+        tile = tiles.exact_state(self.dim) if x == "qf" else self.tiles.state
+        blocks = self.heads * (self.dim // tile.bk) * (self.dim // tile.bv)
+        count = multiprocessors(self.device)
+        values = {f"y_stride_{axis}": self.values[f"{y}_stride_{axis}"] for axis in "bpth"} | dict(
+            BACKWARD=backward, HAS_INIT=enter != "none", HAS_FINAL=leave != "none", EXACT=x == "qf",
+            ACT=0 if backward else self.values["V_ACT"],
+        )  # fmt: skip
+        names = dict(x=x, y=y, states=states, init=enter, final=leave)
+
+        def run(mode: int, segments: int, length: int, **more: str) -> None:
+            more = {"seg": "none", "decay": "none"} | more
+            self.add(chunk_state_kernel, segments * blocks, tile, values | dict(MODE=mode, L=length), **names, **more)
+
+        if not self.varlen and (2 * self.batch * blocks >= count or self.n_t < _MIN_SPLIT):
+            run(0, self.batch, self.n_t)
+            return
+        length = max(_MIN_SPLIT // 2, cdiv(self.n_chunks, max(1, 4 * count // blocks)))
+        segments = cdiv(self.n_chunks, length)
+        self.scratch.add(self.own("seg"), (segments, self.heads, self.dim, self.dim), torch.float32)
+        self.scratch.add(self.own("decay"), (segments, self.heads, self.dim), torch.float32)
+        if segments > 1:
+            run(1, segments, length, seg="seg", decay="decay")
+        rows = min(self.dim, max(1, 512 // self.dim))
+        # a single segment starts from the zeros that this writes
+        carry = dict(N_SEG=segments, BACKWARD=backward)
+        self.add(carry_kernel, self.heads * (self.dim // rows), tiles.Kernel(rows, self.dim, 4), carry)
+        run(2, segments, length, seg="seg")
+
+    def safe_chunks(self, keep: bool) -> None:
+        names = dict(mask="mask32", x="ex" if keep else "qx")
+        self.add_safe(chunk_score_kernel, 1, self.tiles.score, dict(keep=int(keep)), **names)
+
+    def add_safe(self, kernel, programs: int, tile: tiles.Kernel, values: dict, **names: str) -> None:
+        """Add a kernel that takes `programs` programs for each safe chunk and head; groups of them share programs."""
+        each = self.n_chunks * self.heads
+        group = max(1, min(16, each * programs // (_SAFE_PROGRAMS * multiprocessors(self.device))))
+        self.add(kernel, cdiv(each, group) * programs, tile, values | dict(GROUP=group), **names)
+
+    def outputs(self, keep: bool, add: bool, kernel=chunk_out_kernel) -> None:
+        tile = self.tiles.out
+        programs = self.n_chunks * self.heads * (self.dim // tile.bv)
+        values = dict(keep=int(keep), ADD=add, PRECISION=tiles.output_precision(self.dtype))
+        self.add(kernel, programs, tile, values)
+
+    def state_gradients(self, enter: str, leave: str, exact: bool) -> None:
+        """The gradients of the chunks' states, and room for those of the scores."""
+        chunk, product = self.tiles.chunk, tiles.product_dtype(self.dtype)
+        self.scratch.add(self.own("dstates"), (self.n_chunks, self.heads, self.dim, self.dim), product)
+        self.scratch.add(self.own("da"), (self.n_chunks, self.heads, chunk, chunk), product)
+        self.scratch.add(self.own("diag"), (self.n_chunks, self.heads, chunk), torch.float32)
+        self.states("qf" if exact else "qx", "do", "dstates", enter, leave, backward=True)
+
+    def value_gradients(self, bound: bool, add: bool, kernel=chunk_value_grad_kernel) -> None:
+        tile = self.tiles.dv
+        programs = self.n_chunks * self.heads * (self.dim // tile.bv)
+        values = dict(LB_GRAD=bound, ADD=add, PRECISION=tiles.output_precision(self.dtype))
+        self.add(kernel, programs, tile, values, **({} if bound else dict(dlb="none", dlb2="none")))
+
+    def gradients(self, bound: bool, add: bool) -> None:
+        values = dict(LB_GRAD=bound, ADD=add)
+        dlb = "dlb" if bound else "none"
+        tile = self.tiles.grad
+        self.add(chunk_grad_kernel, self.n_chunks * self.heads * (self.dim // tile.bk), tile, values, dlb=dlb)
+        tile = self.tiles.safe_grad
+        halves = self.tiles.chunk // 32
+        names = dict(dlb=dlb, mask="mask32", x="ex")
+        self.add_safe(chunk_safe_grad_kernel, halves * (self.dim // tile.bk), tile, values, **names)
