@@ -88,7 +88,8 @@ class Call:
         values = self.values | dict(BK=tile.bk, BV=tile.bv, STAGES=tile.stages) | (values or {})
         pointers = [name[:-4] for name in kernel.arg_names if name.endswith("_ptr")]
         names = {name: name for name in pointers} | dict(len=self.lengths) | names
-        self.plan.add(kernel, programs, tile.options, values, **{n: self.own(x) for n, x in names.items()})
+        names = {n: x if n == "first" else self.own(x) for n, x in names.items()}
+        self.plan.add(kernel, programs, tile.options, values, **names)
 
     def own(self, name: str) -> str:
         return name + self.suffix if name in _OWN else name
@@ -98,8 +99,10 @@ class Call:
             fast_limit = FAST_LIMIT_FP32 if self.dtype == torch.float32 else FAST_LIMIT
         tile = self.tiles.factor
         band = max(1, tile.bk // self.dim)
-        values = dict(BH=band, BT=tile.bv, EXACT=exact, keep=int(keep), fast_limit=float(fast_limit))
-        names = dict(qf="qf" if exact else "none", ex="ex" if keep else "qx")
+        values = dict(BH=band, BT=tile.bv, EXACT=exact, BACK=False, keep=int(keep), fast_limit=float(fast_limit))
+        names = dict(qf="qf" if exact else "none", ex="ex" if keep else "qx", first="none")
+        if self.suffix:
+            names["first"], values["BACK"] = "safe", True
         self.add(chunk_factor_kernel, self.n_chunks * cdiv(self.heads, band), tile, values, **names)
 
     def states(self, x: str, y: str, states: str, enter: str, leave: str, backward: bool) -> None:
@@ -162,12 +165,16 @@ class Call:
         values = dict(LB_GRAD=bound, ADD=add, PRECISION=tiles.output_precision(self.dtype))
         self.add(kernel, programs, tile, values, **({} if bound else dict(dlb="none", dlb2="none")))
 
-    def gradients(self, bound: bool, add: bool) -> None:
+    def gradients(self, bound: bool, add: bool, tile: tiles.Kernel | None = None, kernel=chunk_grad_kernel) -> None:
+        """dq and df of fast chunks."""
+        tile = tile or self.tiles.grad
         values = dict(LB_GRAD=bound, ADD=add)
-        dlb = "dlb" if bound else "none"
-        tile = self.tiles.grad
-        self.add(chunk_grad_kernel, self.n_chunks * self.heads * (self.dim // tile.bk), tile, values, dlb=dlb)
-        tile = self.tiles.safe_grad
+        programs = self.n_chunks * self.heads * (self.dim // tile.bk)
+        self.add(kernel, programs, tile, values, dlb="dlb" if bound else "none")
+
+    def safe_gradients(self, bound: bool, add: bool) -> None:
+        """dq and df of safe chunks."""
+        tile, values = self.tiles.safe_grad, dict(LB_GRAD=bound, ADD=add)
         halves = self.tiles.chunk // 32
-        names = dict(dlb=dlb, mask="mask32", x="ex")
+        names = dict(dlb="dlb" if bound else "none", mask="mask32", x="ex")
         self.add_safe(chunk_safe_grad_kernel, halves * (self.dim // tile.bk), tile, values, **names)

@@ -142,6 +142,7 @@ def backward(do, d_final, q, f, v, lower_bound, lengths, buffer, table, reverse,
         call.state_gradients(enter, leave, exact)
         call.value_gradients(lower_bound_grad, add)
         call.gradients(lower_bound_grad, add)
+        call.safe_gradients(lower_bound_grad, add)
         slots = saved_slots(n_chunks, heads, dim, q.dtype, True, exact)
         found = call.plan, slots, call.scratch, n_chunks, call.masks
         _backward_plans[key] = found

@@ -9,6 +9,7 @@ from hgrn2.ops import tiles
 from hgrn2.ops.call import Call, saved_slots
 from hgrn2.ops.chunk import _on_its_device, _scratch, _signature, chunk_table, count_chunks
 from hgrn2.ops.chunk_pair import chunk_pair_out_kernel, chunk_pair_value_grad_kernel
+from hgrn2.ops.chunk_pair_grad import chunk_pair_grad_kernel
 from hgrn2.ops.launch import Plans, Slots
 
 _forward_plans, _backward_plans = Plans(), Plans()
@@ -75,8 +76,9 @@ def backward(
             call.strides("g", dq)
             call.state_gradients("none", "none", False)
         calls[0].value_gradients(bound, add, chunk_pair_value_grad_kernel)
-        calls[0].gradients(bound, add)
-        calls[1].gradients(bound, True)
+        calls[0].gradients(bound, add, tiles.pair_grad(calls[0].tiles), chunk_pair_grad_kernel)
+        calls[0].safe_gradients(bound, add)
+        calls[1].safe_gradients(bound, True)
         slots = _both(saved_slots(n_chunks, heads, dim, q.dtype, True, False))
         found = _backward_plans[key] = calls[0].plan, slots, calls[0].scratch, n_chunks, calls[0].masks
     plan, slots, scratch, n_chunks, masks = found

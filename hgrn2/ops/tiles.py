@@ -91,6 +91,11 @@ def exact_state(head_dim: int) -> Kernel:
     return Kernel(min(head_dim, 32), min(head_dim, 32), 8 if head_dim > 32 else 4)
 
 
+def pair_grad(tiles: Tiles) -> Kernel:
+    """The tile of the gradients of both directions: that of one, whose warps could not hold it."""
+    return dataclasses.replace(tiles.grad, warps=min(8, 2 * tiles.grad.warps), stages=1)
+
+
 def output_precision(dtype: torch.dtype) -> str:
     """PRECISION of the products that form o, dv, and the gradient of the scores.
 

@@ -23,13 +23,26 @@ FP32 = {
 }  # fmt: skip
 INT32 = {"safe_ptr", "table_ptr", "len_ptr"}
 PRODUCT = {"qx_ptr", "kx_ptr", "ex_ptr", "x_ptr", "states_ptr", "dstates_ptr", "a_ptr", "da_ptr"}
+# of the scan back
+FP32 |= {"diag2_ptr", "dlb2_ptr"}
+INT32 |= {"safe2_ptr", "first_ptr"}
+PRODUCT |= {"qx2_ptr", "kx2_ptr", "ex2_ptr", "states2_ptr", "dstates2_ptr", "a2_ptr", "da2_ptr"}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-KERNELS = 16
+KERNELS = 22
 
 
 def variants(dim: int, dtype: torch.dtype):
     """(label, kernel, constants, absent arguments, options) of all kernels of one row of the table of tiles."""
-    from hgrn2.ops import chunk_bwd, chunk_factors, chunk_fwd, chunk_safe, chunk_safe_bwd, tiles
+    from hgrn2.ops import (
+        chunk_bwd,
+        chunk_factors,
+        chunk_fwd,
+        chunk_pair,
+        chunk_pair_grad,
+        chunk_safe,
+        chunk_safe_bwd,
+        tiles,
+    )
     from hgrn2.ops.gates import activation_code
 
     cfg = tiles.tiles_for(dim, dtype)
@@ -47,8 +60,8 @@ def variants(dim: int, dtype: torch.dtype):
 
     t = cfg.factor
     for exact in (False, True):
-        absent = [] if exact else ["qf_ptr"]
-        sizes = dict(BH=max(1, t.bk // dim), BT=t.bv, EXACT=exact)
+        absent = ["first_ptr"] if exact else ["qf_ptr", "first_ptr"]
+        sizes = dict(BH=max(1, t.bk // dim), BT=t.bv, EXACT=exact, BACK=False)
         yield variant(f"factor{exact:d}", chunk_factors.chunk_factor_kernel, t, absent, **sizes)
     for mode in (0, 2):
         absent = ["seg_ptr", "decay_ptr"] if mode == 0 else ["decay_ptr"]
@@ -62,7 +75,10 @@ def variants(dim: int, dtype: torch.dtype):
     for label, add in (("", False), ("_add", True)):
         yield variant(f"out{label}", chunk_fwd.chunk_out_kernel, cfg.out, ADD=add, **output)
         yield variant(f"value_grad{label}", chunk_bwd.chunk_value_grad_kernel, cfg.dv, ADD=add, **output)
+        yield variant(f"pair_out{label}", chunk_pair.chunk_pair_out_kernel, cfg.out, ADD=add, **output)
+        yield variant(f"pair_value_grad{label}", chunk_pair.chunk_pair_value_grad_kernel, cfg.dv, ADD=add, **output)
         yield variant(f"grad{label}", chunk_bwd.chunk_grad_kernel, cfg.grad, ADD=add)
+        yield variant(f"pair_grad{label}", chunk_pair_grad.chunk_pair_grad_kernel, tiles.pair_grad(cfg), ADD=add)
         yield variant(f"safe_grad{label}", chunk_safe_bwd.chunk_safe_grad_kernel, cfg.safe_grad, ADD=add)
 
 

@@ -24,7 +24,7 @@ else:
 
     from hgrn2.config import HGRN2Config
     from hgrn2.mixer import HGRN2Mixer
-    from hgrn2.ops import chunk, hgrn2_scan, tiles
+    from hgrn2.ops import call, chunk, hgrn2_scan, tiles
     from hgrn2.ops.library import triton_scan
     from hgrn2.ops.reference import recurrent_scan
 
