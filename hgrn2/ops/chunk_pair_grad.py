@@ -7,7 +7,7 @@ take the transposed masks.
 import triton
 import triton.language as tl
 
-from hgrn2.ops.chunk_bwd import logit_gradient
+from hgrn2.ops.chunk_bwd import logit_gradient, state_gradients
 from hgrn2.ops.chunk_common import (
     finite,
     load_mask,
@@ -18,7 +18,7 @@ from hgrn2.ops.chunk_common import (
     row_masks,
     to_accumulator,
 )
-from hgrn2.ops.gates import activate_grad_tile, activate_tile, exact_reciprocal, fast_reciprocal
+from hgrn2.ops.gates import activate_grad_tile, exact_reciprocal, fast_reciprocal
 
 
 @triton.jit
@@ -91,35 +91,19 @@ def chunk_pair_grad_kernel(
     eye = load_mask(mask_ptr, 0, C)
     zero = tl.zeros([C, BK], dtype=tl.float32)
 
-    # what crosses the chunk's ends, ahead and back
-    b_dq = zero
-    b_dk = zero
-    b_dq2 = zero
-    b_dk2 = zero
-    b_cross = tl.zeros([BK], dtype=tl.float32)
-    for v0 in tl.range(0, K, BV, num_stages=STAGES):
-        o_v = v0 + tl.arange(0, BV)[None, :]
-        b_v = tl.load(p_v + o_v, mask=m_real, other=0.0)
-        b_do = tl.load(p_do + o_v, mask=m_real, other=0.0)
-        if V_ACT != 0:
-            b_v = tl.where(m_real, activate_tile(b_v.to(tl.float32), V_ACT), 0.0)
-        b_s = tl.load(states_ptr + p_s + o_v)
-        b_ds = tl.load(dstates_ptr + p_s + o_v)
-        b_cross += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), axis=1)
-        b_dq = product(b_do, tl.trans(b_s), b_dq, PRECISION)
-        b_dk = product(b_v, tl.trans(b_ds), b_dk, PRECISION)
-        b_s = tl.load(states2_ptr + p_s2 + o_v)
-        b_ds = tl.load(dstates2_ptr + p_s2 + o_v)
-        b_cross += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), axis=1)
-        b_dq2 = product(b_do, tl.trans(b_s), b_dq2, PRECISION)
-        b_dk2 = product(b_v, tl.trans(b_ds), b_dk2, PRECISION)
-
     p_mask = o_c[None, :] * C + o_c[:, None]
+    b_dq, b_dk, b_cross = state_gradients(
+        p_v, p_do, p_s, states_ptr, dstates_ptr, m_real, C, K, BK, BV, V_ACT, PRECISION, STAGES
+    )
     b_dq, b_dk, b_dg = _one(
         qx_ptr, kx_ptr, ex_ptr, da_ptr, p_ch * C * K + o_c[:, None] * K + o_k[None, :],
         p_ch * C * C + o_c[:, None] * C + o_c[None, :], b_dq, b_dk, b_diag, eye, load_mask(mask_ptr, 1, C),
         load_mask(mask_ptr, 2, C), zero, C, BK, PRECISION, SPLIT, SUM_SPLIT,
     )  # fmt: skip
+    b_dq2, b_dk2, b_cross2 = state_gradients(
+        p_v, p_do, p_s2, states2_ptr, dstates2_ptr, m_real, C, K, BK, BV, V_ACT, PRECISION, STAGES
+    )
+    b_cross += b_cross2
     b_dq2, b_dk2, b_dg = _one(
         qx2_ptr, kx2_ptr, ex2_ptr, da2_ptr, p_ch2 * C * K + o_r[:, None] * K + o_k[None, :],
         p_ch2 * C * C + o_r[:, None] * C + o_r[None, :], b_dq2, b_dk2, b_diag, eye,
