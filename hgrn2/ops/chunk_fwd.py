@@ -96,7 +96,7 @@ def chunk_state_kernel(
     if MODE == 1:
         tl.store(seg_ptr + p_seg, b_s)
         if i_v == 0:
-            tl.store(decay_ptr + (i_s * H + i_h) * K + o_k, decay(b_decay, PRECISION) * carried)
+            tl.store(decay_ptr + (i_s * H + i_h) * K + o_k, decay(b_decay, "tf32x3" if EXACT else PRECISION) * carried)
 
 
 @triton.jit(do_not_specialize=["H", "N_SEG"])

@@ -256,12 +256,14 @@ if triton is not None:
         return sigma, minus, k, lam
 
     @triton.jit
-    def _act_sigmoid(x, ACT: tl.constexpr):
+    def _act_sigmoids(x, ACT: tl.constexpr):
+        """sigmoid(x) and sigmoid(-x)"""
         if ACT > 2:
-            s, _minus, _u, _y, _rest = exact_sigmoids(x)
+            s, minus, _u, _y, _rest = exact_sigmoids(x)
         else:
             s = fast_reciprocal(1.0 + fast_exp2(-1.4426950408889634 * x))
-        return s
+            minus = 1.0 - s
+        return s, minus
 
     @triton.jit
     def activate_tile(x, ACT: tl.constexpr):
@@ -269,9 +271,9 @@ if triton is not None:
         if ACT == 0:
             y = x
         elif ACT % 2 == 1:
-            y = x * _act_sigmoid(x, ACT)
+            y = x * _act_sigmoids(x, ACT)[0]
         else:
-            y = _act_sigmoid(x, ACT)
+            y = _act_sigmoids(x, ACT)[0]
         return y
 
     @triton.jit
@@ -280,9 +282,9 @@ if triton is not None:
         if ACT == 0:
             d = x * 0.0 + 1.0
         else:
-            s = _act_sigmoid(x, ACT)
+            s, minus = _act_sigmoids(x, ACT)
             if ACT % 2 == 1:
-                d = s * (1.0 + x * (1.0 - s))
+                d = s * (1.0 + x * minus)
             else:
-                d = s * (1.0 - s)
+                d = s * minus
         return d

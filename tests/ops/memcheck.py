@@ -23,14 +23,24 @@ def draw(size: tuple, dtype: torch.dtype, mean: float) -> list:
     return [q.to(dtype), (f + mean).to(dtype), v.to(dtype), lower_bound]
 
 
-def scan(dim: int, dtype: torch.dtype, direction: str = "forward", mean: float = 0.0, lengths=None) -> None:
+def scan(
+    dim: int, dtype: torch.dtype, direction: str = "forward", mean: float = 0.0, lengths=None, carried: bool = True
+) -> None:
     leaves = [x.requires_grad_() for x in draw((2, 70, 3, dim), dtype, mean)]
-    state = None if direction == "both" else torch.randn(2, 3, dim, dim, device=DEVICE).requires_grad_()
+    carried = carried and direction != "both"
+    state = torch.randn(2, 3, dim, dim, device=DEVICE).requires_grad_() if carried else None
     o, final = hgrn2_scan(
         *leaves, initial_state=state, direction=direction, lengths=lengths, q_act="silu", v_act="silu", impl="triton",
         output_final_state=state is not None,
     )  # fmt: skip
     torch.autograd.backward([o.float().sum()] + ([] if final is None else [final.sum()]))
+
+
+def documents(dim: int, dtype: torch.dtype, direction: str) -> None:
+    leaves = [x.requires_grad_() for x in draw((1, 150, 3, dim), dtype, 0.0)]
+    bounds = torch.tensor([0, 0, 1, 65, 150], device=DEVICE, dtype=torch.int32)
+    o, _ = hgrn2_scan(*leaves, cu_seqlens=bounds, direction=direction, impl="triton")
+    o.float().sum().backward()
 
 
 def grid(dim: int, dtype: torch.dtype) -> None:
@@ -49,10 +59,16 @@ def main(part: int, parts: int) -> None:
     runs = []
     for dim, dtype in ((16, BF16), (64, BF16), (128, BF16), (64, FP16), (128, FP32)):
         for mean in (0.0, -8.0):  # fast chunks and safe ones
-            runs.append(lambda dim=dim, dtype=dtype, mean=mean: scan(dim, dtype, mean=mean))
+            runs += [
+                lambda dim=dim, dtype=dtype, mean=mean: scan(dim, dtype, mean=mean),
+                lambda dim=dim, dtype=dtype, mean=mean: scan(dim, dtype, mean=mean, carried=False),
+            ]
     for dim in (1, 2, 4, 8, 64):
         runs += [
             lambda dim=dim: scan(dim, BF16),
+            lambda dim=dim: scan(dim, BF16, carried=False),
+            lambda dim=dim: documents(dim, BF16, "reverse"),
+            lambda dim=dim: documents(dim, BF16, "both"),
             lambda dim=dim: scan(dim, FP32, "both"),
             lambda dim=dim: scan(dim, BF16, "both", lengths=lengths),
             lambda dim=dim: grid(dim, BF16),
