@@ -21,11 +21,6 @@ _MIN_SPLIT = 16
 # programs a multiprocessor that safe chunks are spread over at least, if there are as many
 _SAFE_PROGRAMS = 16
 
-# what each scan of a call has for itself
-_OWN = {
-    "table", "qx", "kx", "ex", "qf", "states", "a", "total", "safe", "seg", "decay", "dstates", "da", "diag", "dlb",
-}  # fmt: skip
-
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
@@ -50,15 +45,28 @@ def saved_slots(n_chunks: int, heads: int, dim: int, dtype: torch.dtype, keep: b
     return slots
 
 
-class Call:
-    """Sizes and constants of one scan, which add its kernels to a plan; tensors have the names used here.
+def pair_slots(n_chunks: int, heads: int, dim: int, dtype: torch.dtype, keep: bool) -> Slots:
+    """As `saved_slots`, of both directions; names that end in 2 are of the scan back (see `chunk_pair`)."""
+    slots, chunk, product = Slots(), tiles.tiles_for(dim, dtype).chunk, tiles.product_dtype(dtype)
+    factors = ("qx", "kx", "qx2", "kx2")
+    for name in (*factors, "ex", "ex2") if keep else factors:
+        slots.add(name, (n_chunks, heads, chunk, dim), product)
+    for name in ("states", "states2"):
+        slots.add(name, (n_chunks, heads, dim, dim), product)
+    slots.add("a", (n_chunks, heads, chunk, chunk), product)
+    slots.add("total", (n_chunks, heads, dim), torch.float32)
+    slots.add("safe", (n_chunks, heads), torch.int32)
+    return slots
 
-    suffix: at the end of the names of what is the scan's own, if it shares the plan of another `Call`, `beside`.
+
+class Call:
+    """Sizes and constants of one kind of call, which add its kernels to a plan; tensors have the names used here.
+
+    Methods that take `back` do their work for one scan of two at once: if it is set, for the scan back.
     """
 
     def __init__(
-        self, q, f, v, lower_bound, lengths, others, n_chunks, packed_documents, reverse, q_act, v_act, suffix="",
-        beside=None,
+        self, q, f, v, lower_bound, lengths, others, n_chunks, packed_documents, reverse, q_act, v_act
     ):  # fmt: skip
         *lines, self.time, self.heads, self.dim = q.shape
         self.batch = math.prod(lines)
@@ -73,11 +81,10 @@ class Call:
             Q_ACT=activation_code(q_act, q.dtype), V_ACT=activation_code(v_act, q.dtype),
         )  # fmt: skip
         self.lengths = "safe" if lengths is None else "len"  # any integers: they are not read
-        self.suffix = suffix
-        self.plan = Plan(kinds((q, f, v, lower_bound, lengths, *others))) if beside is None else beside.plan
+        self.plan = Plan(kinds((q, f, v, lower_bound, lengths, *others)))
         for name, x in (("q", q), ("f", f), ("v", v)):
             self.strides(name, x)
-        self.scratch = Slots() if beside is None else beside.scratch
+        self.scratch = Slots()
         self.masks = {name: tiles.sum_masks(size, q.device) for name, size in (("mask", chunk), ("mask32", 32))}
 
     def strides(self, name: str, x: Tensor) -> None:
@@ -86,24 +93,16 @@ class Call:
 
     def add(self, kernel, programs: int, tile: tiles.Kernel, values: dict | None = None, **names: str) -> None:
         values = self.values | dict(BK=tile.bk, BV=tile.bv, STAGES=tile.stages) | (values or {})
-        pointers = [name[:-4] for name in kernel.arg_names if name.endswith("_ptr")]
-        names = {name: name for name in pointers} | dict(len=self.lengths) | names
-        names = {n: x if n == "first" else self.own(x) for n, x in names.items()}
-        self.plan.add(kernel, programs, tile.options, values, **names)
+        self.plan.add(kernel, programs, tile.options, values, **(dict(len=self.lengths) | names))
 
-    def own(self, name: str) -> str:
-        return name + self.suffix if name in _OWN else name
-
-    def factors(self, keep: bool, exact: bool, fast_limit: float | None) -> None:
+    def factors(self, keep: bool, exact: bool, fast_limit: float | None, kernel=chunk_factor_kernel) -> None:
         if fast_limit is None:
             fast_limit = FAST_LIMIT_FP32 if self.dtype == torch.float32 else FAST_LIMIT
         tile = self.tiles.factor
         band = max(1, tile.bk // self.dim)
-        values = dict(BH=band, BT=tile.bv, EXACT=exact, BACK=False, keep=int(keep), fast_limit=float(fast_limit))
-        names = dict(qf="qf" if exact else "none", ex="ex" if keep else "qx", first="none")
-        if self.suffix:
-            names["first"], values["BACK"] = "safe", True
-        self.add(chunk_factor_kernel, self.n_chunks * cdiv(self.heads, band), tile, values, **names)
+        values = dict(BH=band, BT=tile.bv, EXACT=exact, keep=int(keep), fast_limit=float(fast_limit))
+        names = dict(qf="qf" if exact else "none", ex="ex" if keep else "qx")
+        self.add(kernel, self.n_chunks * cdiv(self.heads, band), tile, values, **names)
 
     def states(self, x: str, y: str, states: str, enter: str, leave: str, backward: bool) -> None:
         """Chunk states, from `enter` to `leave` ("none": zero, not wanted); splits few long sequences."""
@@ -112,7 +111,7 @@ class Call:
         count = multiprocessors(self.device)
         values = {f"y_stride_{axis}": self.values[f"{y}_stride_{axis}"] for axis in "bpth"} | dict(
             BACKWARD=backward, HAS_INIT=enter != "none", HAS_FINAL=leave != "none", EXACT=x == "qf",
-            ACT=0 if backward else self.values["V_ACT"],
+            ACT=self.values["V_ACT"] if y == "v" else 0,
         )  # fmt: skip
         names = dict(x=x, y=y, states=states, init=enter, final=leave)
 
@@ -125,8 +124,10 @@ class Call:
             return
         length = max(_MIN_SPLIT // 2, cdiv(self.n_chunks, max(1, 4 * count // blocks)))
         segments = cdiv(self.n_chunks, length)
-        self.scratch.add(self.own("seg"), (segments, self.heads, self.dim, self.dim), torch.float32)
-        self.scratch.add(self.own("decay"), (segments, self.heads, self.dim), torch.float32)
+        # of two scans one after the other in the same place
+        if "seg" not in self.scratch.of:
+            self.scratch.add("seg", (segments, self.heads, self.dim, self.dim), torch.float32)
+            self.scratch.add("decay", (segments, self.heads, self.dim), torch.float32)
         if segments > 1:
             run(1, segments, length, seg="seg", decay="decay")
         rows = min(self.dim, max(1, 512 // self.dim))
@@ -135,12 +136,14 @@ class Call:
         self.add(carry_kernel, self.heads * (self.dim // rows), tiles.Kernel(rows, self.dim, 4), carry)
         run(2, segments, length, seg="seg")
 
-    def safe_chunks(self, keep: bool) -> None:
-        names = dict(mask="mask32", x="ex" if keep else "qx")
-        self.add_safe(chunk_score_kernel, 1, self.tiles.score, dict(keep=int(keep)), **names)
+    def safe_chunks(self, keep: bool, back: bool = False) -> None:
+        number = "2" if back else ""
+        names = dict(mask="mask32", kx="kx" + number, x="ex" + number if keep else "qx")
+        self.add_safe(chunk_score_kernel, 1, self.tiles.score, dict(keep=int(keep)), back, **names)
 
-    def add_safe(self, kernel, programs: int, tile: tiles.Kernel, values: dict, **names: str) -> None:
+    def add_safe(self, kernel, programs: int, tile: tiles.Kernel, values: dict, back: bool, **names: str) -> None:
         """Add a kernel that takes `programs` programs for each safe chunk and head; groups of them share programs."""
+        values |= dict(BACK=back, sign=-1 if back else self.values["sign"])
         each = self.n_chunks * self.heads
         group = max(1, min(16, each * programs // (_SAFE_PROGRAMS * multiprocessors(self.device))))
         self.add(kernel, cdiv(each, group) * programs, tile, values | dict(GROUP=group), **names)
@@ -153,11 +156,15 @@ class Call:
 
     def state_gradients(self, enter: str, leave: str, exact: bool) -> None:
         """The gradients of the chunks' states, and room for those of the scores."""
-        chunk, product = self.tiles.chunk, tiles.product_dtype(self.dtype)
-        self.scratch.add(self.own("dstates"), (self.n_chunks, self.heads, self.dim, self.dim), product)
-        self.scratch.add(self.own("da"), (self.n_chunks, self.heads, chunk, chunk), product)
-        self.scratch.add(self.own("diag"), (self.n_chunks, self.heads, chunk), torch.float32)
+        self.gradient_slots("dstates")
         self.states("qf" if exact else "qx", "do", "dstates", enter, leave, backward=True)
+
+    def gradient_slots(self, *states: str) -> None:
+        chunk, product = self.tiles.chunk, tiles.product_dtype(self.dtype)
+        for name in states:
+            self.scratch.add(name, (self.n_chunks, self.heads, self.dim, self.dim), product)
+        self.scratch.add("da", (self.n_chunks, self.heads, chunk, chunk), product)
+        self.scratch.add("diag", (self.n_chunks, self.heads, chunk), torch.float32)
 
     def value_gradients(self, bound: bool, add: bool, kernel=chunk_value_grad_kernel) -> None:
         tile = self.tiles.dv
@@ -172,9 +179,10 @@ class Call:
         programs = self.n_chunks * self.heads * (self.dim // tile.bk)
         self.add(kernel, programs, tile, values, dlb="dlb" if bound else "none")
 
-    def safe_gradients(self, bound: bool, add: bool) -> None:
-        """dq and df of safe chunks."""
-        tile, values = self.tiles.safe_grad, dict(LB_GRAD=bound, ADD=add)
-        halves = self.tiles.chunk // 32
-        names = dict(dlb="dlb" if bound else "none", mask="mask32", x="ex")
-        self.add_safe(chunk_safe_grad_kernel, halves * (self.dim // tile.bk), tile, values, **names)
+    def safe_gradients(self, bound: bool, add: bool, pair: bool = False, back: bool = False) -> None:
+        """dq and df of safe chunks; `pair`: of one of two scans at once."""
+        tile, values = self.tiles.safe_grad, dict(LB_GRAD=bound, ADD=add, PAIR=pair)
+        halves, number = self.tiles.chunk // 32, "2" if back else ""
+        names = {name: name + number for name in ("qx", "kx", "states", "dstates")}
+        names |= dict(dlb="dlb" + number if bound else "none", mask="mask32", x="ex" + number)
+        self.add_safe(chunk_safe_grad_kernel, halves * (self.dim // tile.bk), tile, values, back, **names)

@@ -31,13 +31,11 @@ def chunk_table(cu_seqlens: Tensor, n_chunks: int, chunk: int, reverse: bool) ->
     doc = torch.searchsorted(until, c, right=True)
     used = doc < start.numel()
     doc = doc.clamp(max=start.numel() - 1)
-    first = (until - per_doc)[doc]
-    index, last = c - first, per_doc[doc] - 1
-    begin = start[doc] + (last - index if reverse else index) * chunk
-    rows = torch.where(used, (end[doc] - begin).clamp(max=chunk), 0)
-    t0 = torch.where(used, begin + rows - 1 if reverse else begin, 0)
-    # above the two flags: the chunk that has these tokens in the opposite direction
-    flags = torch.where(used, (index == 0) + 2 * (index == last) + 4 * (first + last - index), 0)
+    index = c - (until - per_doc)[doc]
+    done = index * chunk
+    rows = torch.where(used, (end[doc] - start[doc] - done).clamp(max=chunk), 0)
+    t0 = torch.where(used, end[doc] - 1 - done if reverse else start[doc] + done, 0)
+    flags = torch.where(used, (index == 0) + 2 * (index == per_doc[doc] - 1), 0)
     return torch.stack([doc, t0, rows, flags], dim=1).to(torch.int32)
 
 

@@ -20,8 +20,7 @@ The same factors serve the chunk's state, S_C = 2^total S_0 + scale kx^T v with 
 they are formed once, by `chunk_factor_kernel`, and the later kernels are little but products. Buffers of factors are
 `[NC, H, C, K]`, zero where a chunk has no token.
 
-Reverse scans run the same kernels with the token order flipped at loads and stores of tokens. Their chunks are those of
-forward scans in reverse order: where one is not full, it is the first.
+Reverse scans run the same kernels with the token order flipped at loads and stores of tokens.
 """
 
 import triton
@@ -32,6 +31,8 @@ from hgrn2.ops.gates import _INTERPRET, exact_exp2, fast_exp2, round_tf32
 # the factors then stay inside the range of fp32 and bf16, with room for q; fp32 inputs keep more digits of the exponent
 FAST_LIMIT = 110.0
 FAST_LIMIT_FP32 = 12.0
+# of two scans at once one has its large factors beside q (see `chunk_pair`), which do multiplies in the backward
+FAST_LIMIT_PAIR = 100.0
 # half a block of 16 tokens then sums to at most 110 either way
 BLOCK_LIMIT = tl.constexpr(13.75)
 
@@ -57,10 +58,8 @@ def locate(c, table_ptr, len_ptr, T, NT, P, sign, has_len, C: tl.constexpr, VARL
         i_t = c - n * NT
         b = c // (NT * P)  # not n // P: divisions side by side take fewer registers
         p = n - b * P
-        # the chunks of both directions are the same tokens
-        begin = tl.where(sign < 0, NT - 1 - i_t, i_t) * C
-        rows = tl.minimum(T - begin, C)
-        t0 = tl.where(sign < 0, begin + rows - 1, begin)
+        rows = tl.minimum(T - i_t * C, C)
+        t0 = tl.where(sign < 0, T - 1 - i_t * C, i_t * C)
         first = i_t == 0
         last = i_t == NT - 1
     length = tl.load(len_ptr + n, mask=has_len != 0, other=2147483647)
@@ -77,17 +76,9 @@ def row_masks(t0, rows, length, sign, C: tl.constexpr):
 
 
 @triton.jit
-def opposite(c, table_ptr, rows, NT, C: tl.constexpr, VARLEN: tl.constexpr):
-    """Where the scan in the other direction has the tokens of chunk c: its chunk, and each token's row in it `[C]`.
-
-    Rows without a token stay among themselves.
-    """
-    if VARLEN:
-        c2 = tl.load(table_ptr + c * 4 + 3) >> 2
-    else:
-        i_t = c % NT
-        c2 = c - i_t + NT - 1 - i_t
-    return c2, (rows - 1 - tl.arange(0, C)) & (C - 1)
+def backwards(o_r, rows, C: tl.constexpr):
+    """The places in a chunk that its tokens o_r, counted from the last, have from the first; of no token, elsewhere."""
+    return (rows - 1 - o_r) & (C - 1)
 
 
 @triton.jit

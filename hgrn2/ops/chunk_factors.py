@@ -3,23 +3,22 @@
 import triton
 import triton.language as tl
 
-from hgrn2.ops.chunk_common import decay, locate, opposite, rounded
+from hgrn2.ops.chunk_common import decay, locate, rounded
 from hgrn2.ops.gates import activate_tile, gate_tile
 
 
 @triton.jit(do_not_specialize=["T", "NT", "P", "H", "sign", "has_len", "keep"])
 def chunk_factor_kernel(
-    q_ptr, f_ptr, lb_ptr, qx_ptr, kx_ptr, ex_ptr, qf_ptr, total_ptr, safe_ptr, first_ptr, table_ptr, len_ptr,
+    q_ptr, f_ptr, lb_ptr, qx_ptr, kx_ptr, ex_ptr, qf_ptr, total_ptr, safe_ptr, table_ptr, len_ptr,
     q_stride_b, q_stride_p, q_stride_t, q_stride_h, f_stride_b, f_stride_p, f_stride_t, f_stride_h,
     T, NT, P, H, sign, has_len, keep, fast_limit,
     K: tl.constexpr, BH: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
     VARLEN: tl.constexpr, HAS_LB: tl.constexpr, Q_ACT: tl.constexpr, EXACT: tl.constexpr,
-    PRECISION: tl.constexpr, BACK: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One chunk of BH heads, BT tokens at a time: qx, kx, ex = 2^G, total `[NC, H, K]`, safe `[NC, H]` (0 or 1).
 
     ex is for the backward: left out if keep is 0. EXACT: qx unrounded too, in qf_ptr. Safe chunks get their kx later.
-    BACK: of two scans the second, whose chunks are safe where the first one's, first_ptr, are.
     """
     WHOLE: tl.constexpr = EXACT or PRECISION == "tf32x3" or PRECISION == "ieee"
     n_h = (H + BH - 1) // BH
@@ -64,9 +63,6 @@ def chunk_factor_kernel(
         tl.store(ex_ptr + p_x + o_r[:, None] * K, b_e.to(ex_ptr.dtype.element_ty), mask=m_keep)
     tl.store(total_ptr + p_ch * K + o_k, b_total, mask=m_h)
     lowest = tl.min(tl.reshape(b_total, [BH, K]), axis=1)
-    safe = (lowest <= -fast_limit).to(tl.int32)
+    safe = lowest <= -fast_limit
     p_head = i_b * BH + tl.arange(0, BH)
-    if BACK:  # rounding must not tell the two directions apart
-        c2, _ = opposite(c, table_ptr, rows, NT, C, VARLEN)
-        safe = tl.load(first_ptr + c2.to(tl.int64) * H + p_head, mask=p_head < tl.where(rows > 0, H, 0), other=0)
-    tl.store(safe_ptr + c.to(tl.int64) * H + p_head, safe, mask=p_head < H)
+    tl.store(safe_ptr + c.to(tl.int64) * H + p_head, safe.to(tl.int32), mask=p_head < H)

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from hgrn2.ops.chunk_common import (
     BLOCK_LIMIT,
+    backwards,
     decay,
     finite,
     load_mask,
@@ -85,10 +86,13 @@ def chunk_score_kernel(
     q_stride_b, q_stride_p, q_stride_t, q_stride_h, f_stride_b, f_stride_p, f_stride_t, f_stride_h,
     T, NT, P, NC, H, GROUP, sign, has_len, keep,
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, VARLEN: tl.constexpr,
-    HAS_LB: tl.constexpr, Q_ACT: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    HAS_LB: tl.constexpr, Q_ACT: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     """kx = k 2^R, x (not if keep is 0) and the scores `[NC, H, C, C]`, 0 above the diagonal, of the safe ones among
-    GROUP chunks and heads."""
+    GROUP chunks and heads.
+
+    BACK: of two scans the one back (see `chunk_pair`), whose scores are added to the other's. x keeps its own order.
+    """
     first = tl.program_id(0) * GROUP
     until = tl.minimum(first + GROUP, NC * H)
     if not any_safe(safe_ptr, first, until):
@@ -99,7 +103,7 @@ def chunk_score_kernel(
             _scores(
                 q_ptr, f_ptr, lb_ptr, mask_ptr, kx_ptr, x_ptr, a_ptr, table_ptr, len_ptr, q_stride_b, q_stride_p,
                 q_stride_t, q_stride_h, f_stride_b, f_stride_p, f_stride_t, f_stride_h, T, NT, P, H, sign, has_len,
-                keep, pid, flag - 1, K, BK, C, SUB, VARLEN, HAS_LB, Q_ACT, PRECISION, SPLIT,
+                keep, pid, flag - 1, K, BK, C, SUB, VARLEN, HAS_LB, Q_ACT, PRECISION, SPLIT, BACK,
             )  # fmt: skip
 
 
@@ -109,7 +113,7 @@ def _scores(
     q_stride_b, q_stride_p, q_stride_t, q_stride_h, f_stride_b, f_stride_p, f_stride_t, f_stride_h,
     T, NT, P, H, sign, has_len, keep, pid, zero_,
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, VARLEN: tl.constexpr,
-    HAS_LB: tl.constexpr, Q_ACT: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    HAS_LB: tl.constexpr, Q_ACT: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     # zero_ is a zero that the compiler does not know of: what depends on it stays in the loop
     mask_ptr += zero_ * 16
@@ -117,7 +121,9 @@ def _scores(
     i_h = (pid % H).to(tl.int64)
     c = pid // H
     p_ch = c.to(tl.int64) * H + i_h
-    _n, b, p, t0, rows, _first, _last, length = locate(c, table_ptr, len_ptr, T, NT, P, sign, has_len, C, VARLEN)
+    way = 1 if BACK else sign
+    _n, b, p, t0, rows, _first, _last, length = locate(c, table_ptr, len_ptr, T, NT, P, way, has_len, C, VARLEN)
+    t0 += rows - 1 if BACK else 0
     t64 = t0.to(tl.int64)
     EXACT: tl.constexpr = PRECISION == "tf32x3" or PRECISION == "ieee"
     o_m = tl.arange(0, M)
@@ -141,6 +147,7 @@ def _scores(
         p_q = q_ptr + o_k[None, :]
         p_f = f_ptr + o_k[None, :]
         p_x = p_ch * C * K + i * K + o_k[None, :]
+        p_k = p_ch * C * K + (backwards(i, rows, C) if BACK else i) * K + o_k[None, :]
         b_rest = tl.zeros([BK], dtype=tl.float32)
         # each half is loaded ahead of the other's work, which hides how long this takes
         b_q1, b_f1, m_real1 = _load_half(p_q, p_f, q_stride_t, f_stride_t, o_m, t0, rows, length, sign)
@@ -149,7 +156,8 @@ def _scores(
             b_second += _inner_scores(b_q, b_k, b_g, mask_ptr, M, BK, SUB, PRECISION, SPLIT)
             b_e = masked_sum(load_mask(mask_ptr, MASK_AFTER, M), b_g, zero, SPLIT)
             b_x = rounded(settle(b_k * decay(b_e, PRECISION)), PRECISION)
-            tl.store(kx_ptr + p_x + M * K, b_x.to(kx_ptr.dtype.element_ty))
+            p_k2 = p_ch * C * K + (backwards(i + M, rows, C) if BACK else i + M) * K + o_k[None, :]
+            tl.store(kx_ptr + p_k2, b_x.to(kx_ptr.dtype.element_ty))
             b_e = masked_sum(load_mask(mask_ptr, MASK_UP_TO, M), b_g, zero, SPLIT)
             b_later = rounded(settle(b_q * decay(b_e, PRECISION)), PRECISION)
             tl.store(x_ptr + p_x + M * K, b_later.to(x_ptr.dtype.element_ty), mask=(o_k < keep * K)[None, :])
@@ -161,14 +169,27 @@ def _scores(
         b_first += _inner_scores(b_q, b_k, b_g, mask_ptr, M, BK, SUB, PRECISION, SPLIT)
         b_e = masked_sum(load_mask(mask_ptr, MASK_AFTER, M), b_g, zero, SPLIT)
         b_x = rounded(settle(b_k * decay(b_e + b_rest[None, :], PRECISION)), PRECISION)
-        tl.store(kx_ptr + p_x, b_x.to(kx_ptr.dtype.element_ty))
+        tl.store(kx_ptr + p_k, b_x.to(kx_ptr.dtype.element_ty))
         if C > M:
             b_x = rounded(settle(b_k * decay(b_e, PRECISION)), PRECISION)
             tl.store(x_ptr + p_x, b_x.to(x_ptr.dtype.element_ty), mask=(o_k < keep * K)[None, :])
             b_across = product(b_later, tl.trans(b_x), b_across, PRECISION)
-    p_a = a_ptr + p_ch * C * C + i * C + j
-    tl.store(p_a, b_first.to(a_ptr.dtype.element_ty))
-    if C > M:
-        tl.store(p_a + M, tl.zeros([M, M], dtype=a_ptr.dtype.element_ty))
-        tl.store(p_a + M * C, b_across.to(a_ptr.dtype.element_ty))
-        tl.store(p_a + M * C + M, b_second.to(a_ptr.dtype.element_ty))
+    a_ptr += p_ch * C * C
+    if BACK:
+        i1 = backwards(i, rows, C) * C
+        j1 = backwards(j, rows, C)
+        b_first += tl.load(a_ptr + i1 + j1).to(tl.float32)
+        tl.store(a_ptr + i1 + j1, b_first.to(a_ptr.dtype.element_ty))
+        if C > M:
+            i2 = backwards(i + M, rows, C) * C
+            j2 = backwards(j + M, rows, C)
+            b_second += tl.load(a_ptr + i2 + j2).to(tl.float32)
+            tl.store(a_ptr + i2 + j1, b_across.to(a_ptr.dtype.element_ty))
+            tl.store(a_ptr + i2 + j2, b_second.to(a_ptr.dtype.element_ty))
+    else:
+        p_a = a_ptr + i * C + j
+        tl.store(p_a, b_first.to(a_ptr.dtype.element_ty))
+        if C > M:
+            tl.store(p_a + M, tl.zeros([M, M], dtype=a_ptr.dtype.element_ty))
+            tl.store(p_a + M * C, b_across.to(a_ptr.dtype.element_ty))
+            tl.store(p_a + M * C + M, b_second.to(a_ptr.dtype.element_ty))

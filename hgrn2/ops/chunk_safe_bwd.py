@@ -9,7 +9,17 @@ import triton
 import triton.language as tl
 
 from hgrn2.ops.chunk_bwd import logit_gradient
-from hgrn2.ops.chunk_common import BLOCK_LIMIT, decay, finite, locate, meeting_pairs, product, rounded, settle
+from hgrn2.ops.chunk_common import (
+    BLOCK_LIMIT,
+    backwards,
+    decay,
+    finite,
+    locate,
+    meeting_pairs,
+    product,
+    rounded,
+    settle,
+)
 from hgrn2.ops.chunk_safe import any_safe
 from hgrn2.ops.gates import activate_grad_tile, activate_tile
 from hgrn2.ops.transposed import (
@@ -91,9 +101,12 @@ def chunk_safe_grad_kernel(
     T, NT, P, NC, H, GROUP, sign, has_len,
     K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, VARLEN: tl.constexpr,
     HAS_LB: tl.constexpr, LB_GRAD: tl.constexpr, Q_ACT: tl.constexpr, V_ACT: tl.constexpr, PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr, ADD: tl.constexpr, STAGES: tl.constexpr,
+    SPLIT: tl.constexpr, ADD: tl.constexpr, PAIR: tl.constexpr, BACK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`chunk_grad_kernel` for half a chunk, of safe ones among GROUP chunks and heads; dlb_ptr has to hold zeros."""
+    """`chunk_grad_kernel` for half a chunk, of safe ones among GROUP chunks and heads; dlb_ptr has to hold zeros.
+
+    PAIR: of two scans (see `chunk_pair`), if BACK the one back.
+    """
     pid = tl.program_id(0)
     i_k = pid % (K // BK)
     half = (pid // (K // BK)) % (C // 32)
@@ -122,7 +135,7 @@ def chunk_safe_grad_kernel(
                 q_stride_t, q_stride_h, f_stride_b, f_stride_p, f_stride_t, f_stride_h, v_stride_b, v_stride_p,
                 v_stride_t, v_stride_h, do_stride_b, do_stride_p, do_stride_t, do_stride_h, g_stride_b, g_stride_p,
                 g_stride_t, T, NT, P, H, sign, has_len, n + once, once, half, i_k, eyes, masks, K, BK, BV, C, SUB,
-                VARLEN, HAS_LB, LB_GRAD, Q_ACT, V_ACT, PRECISION, SPLIT, ADD, STAGES,
+                VARLEN, HAS_LB, LB_GRAD, Q_ACT, V_ACT, PRECISION, SPLIT, ADD, PAIR, BACK, STAGES,
             )  # fmt: skip
 
 
@@ -136,7 +149,7 @@ def _safe_gradients(
     T, NT, P, H, sign, has_len, pid, zero_, half, i_k, eyes, masks,
     K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, VARLEN: tl.constexpr,
     HAS_LB: tl.constexpr, LB_GRAD: tl.constexpr, Q_ACT: tl.constexpr, V_ACT: tl.constexpr, PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr, ADD: tl.constexpr, STAGES: tl.constexpr,
+    SPLIT: tl.constexpr, ADD: tl.constexpr, PAIR: tl.constexpr, BACK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     SUM_SPLIT: tl.constexpr = 1 if PRECISION == "bf16" else SPLIT
     EXACT: tl.constexpr = PRECISION == "tf32x3" or PRECISION == "ieee"
@@ -146,7 +159,9 @@ def _safe_gradients(
     i_h = (pid % H).to(tl.int64)
     c = pid // H
     p_ch = c.to(tl.int64) * H + i_h
-    _n, b, p, t0, rows, _first, _last, length = locate(c, table_ptr, len_ptr, T, NT, P, sign, has_len, C, VARLEN)
+    way = 1 if BACK else sign
+    _n, b, p, t0, rows, _first, _last, length = locate(c, table_ptr, len_ptr, T, NT, P, way, has_len, C, VARLEN)
+    t0 += rows - 1 if BACK else 0
     t64 = t0.to(tl.int64)
     o_m = tl.arange(0, M) + zero_
     i = o_m[:, None]
@@ -165,8 +180,15 @@ def _safe_gradients(
     p_da = da_ptr + p_ch * C * C
     gamma = tl.load(lb_ptr + i_h * K + o_k)[:, None] if HAS_LB else 0.0
     b_total = tl.load(total_ptr + p_ch * K + o_k)[:, None]
-    b_da = tl.load(p_da + half * (M * C + M) + i * C + j)
-    b_diag = tl.load(diag_ptr + p_ch * C + o_r)[None, :]
+    if BACK:
+        p_own_da = p_da + backwards(half * M + i, rows, C) * C + backwards(half * M + j, rows, C)
+        b_diag = tl.load(diag_ptr + p_ch * C + backwards(o_r, rows, C))[None, :]
+    else:
+        p_own_da = p_da + half * (M * C + M) + i * C + j
+        b_diag = tl.load(diag_ptr + p_ch * C + o_r)[None, :]
+    b_da = tl.load(p_own_da)
+    if PAIR:
+        b_da = tl.where(i > j, b_da, 0.0)
     zero = tl.zeros([BK, M], dtype=tl.float32)
     centred, block_later, block_up_to, block_after, level, later, earlier = masks
     b_q, b_k, b_g = gated_half(
@@ -242,8 +264,13 @@ def _safe_gradients(
         t_other = (o_other * sign)[:, None]
         m_other = (o_other < rows)[:, None] & (t0 + t_other < length)
         p_other = p_ch * C * K + o_other[:, None] * K + o_k[None, :]
-        b_across = tl.load(p_da + M * C + i * C + j)
-        b_factor = tl.load(x_ptr + p_other)
+        p_across = p_da + M * C + i * C + j
+        p_factor = x_ptr + p_other
+        if BACK:
+            p_across = p_da + backwards(M + i, rows, C) * C + backwards(j, rows, C)
+            p_other = p_ch * C * K + backwards(o_other, rows, C)[:, None] * K + o_k[None, :]
+        b_across = tl.load(p_across)
+        b_factor = tl.load(p_factor)
         b_other = tl.load(tl.where(is_second, kx_ptr, qx_ptr) + p_other)
         p_y = tl.where(is_second, p_v, p_do) + t_other * tl.where(is_second, v_stride_t, do_stride_t)
         b_dqx, b_y = _output_state_products(

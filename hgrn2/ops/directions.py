@@ -1,4 +1,4 @@
-"""The scans of one call of the chunked kernels: one, or pairs in opposite directions, the second adding to the first.
+"""The scans of one call of the chunked kernels: one, or pairs in opposite directions, later ones adding to the first.
 
 Shapes: B batch, T time, Y and X rows and columns of a grid, H heads, K = V head dim. Columns of `[B, Y, X, H, K]` are
 read and written in place: to the kernels they are the lines of `[B, X, Y, H, K]` with other strides.
@@ -12,15 +12,14 @@ from torch import Tensor
 
 # those after "both" are for grids; "rows" and "columns" run both ways along one axis
 DIRECTIONS = ("forward", "reverse", "both", "2d", "rows", "columns")
-# (along columns, reverse)
-_AHEAD, _BACK, _DOWN, _UP = (False, False), (False, True), (True, False), (True, True)
+# of each the scans, those in opposite directions as one: (along columns, whether to reverse or "both")
 SCANS = {
-    "forward": (_AHEAD,),
-    "reverse": (_BACK,),
-    "both": (_AHEAD, _BACK),
-    "2d": (_AHEAD, _BACK, _DOWN, _UP),
-    "rows": (_AHEAD, _BACK),
-    "columns": (_DOWN, _UP),
+    "forward": ((False, False),),
+    "reverse": ((False, True),),
+    "both": ((False, "both"),),
+    "2d": ((False, "both"), (True, "both")),
+    "rows": ((False, "both"),),
+    "columns": ((True, "both"),),
 }
 
 
@@ -30,23 +29,22 @@ def _lines(columns: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def layout(shape, dtype, direction: str, packed: int | None, keep: bool, exact: bool) -> tuple[list, list]:
-    """Chunks of each scan (`packed` where documents make them), and where its buffer begins in that of the call;
-    the latter list ends with the size of the whole."""
-    from hgrn2.ops.chunk import count_chunks, saved_slots  # needs Triton
+    """Chunks of each of the `SCANS` (`packed` where documents make them), and where its buffer begins in that of the
+    call; the latter list ends with the size of the whole."""
+    from hgrn2.ops.call import pair_slots, saved_slots  # needs Triton
+    from hgrn2.ops.chunk import count_chunks
 
     *sizes, heads, dim = shape
     chunks, begins, end = [], [], 0
-    for i, (columns, _) in enumerate(SCANS[direction]):
+    for columns, way in SCANS[direction]:
         time = sizes[1] if columns else sizes[-1]
         rest = sizes[:1] + (sizes[2:] if columns else sizes[1:-1])
         chunks.append(count_chunks(math.prod(rest), time, dim, dtype, None) if packed is None else packed)
-        size = saved_slots(chunks[-1], heads, dim, dtype, keep, exact).size
-        # without a backward the axes take turns in one place
-        if keep:
-            begins.append((end + 15) // 16 * 16)
-        else:
-            begins.append(i % 2 * ((size + 15) // 16 * 16))
-        end = max(end, begins[-1] + size)
+        this = (chunks[-1], heads, dim, dtype, keep)
+        slots = pair_slots(*this) if way == "both" else saved_slots(*this, exact)
+        # without a backward they take turns in one place
+        begins.append((end + 15) // 16 * 16 if keep else 0)
+        end = max(end, begins[-1] + slots.size)
     return chunks, [*begins, end]
 
 
@@ -55,11 +53,11 @@ _layout = functools.lru_cache(512)(layout)
 
 def forward(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, direction: str, output_final_state, q_act, v_act,
             fast_limit=None, keep=True, exact=False):  # fmt: skip
-    """As `chunk.forward`; with several scans the buffers and tables are those of all, one after the other."""
+    """As `chunk.forward`; of several scans the buffer is that of all, one after the other."""
     from hgrn2.ops import chunk, pair
 
     scans = SCANS[direction]
-    if len(scans) == 1:
+    if scans[0][1] != "both":
         return chunk.forward(
             q, f, v, lower_bound, initial_state, lengths, cu_seqlens, scans[0][1], output_final_state, q_act, v_act,
             fast_limit, keep, exact,
@@ -67,19 +65,15 @@ def forward(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, direction:
     packed = (
         None if cu_seqlens is None else chunk.count_chunks(1, q.shape[1], q.shape[3], q.dtype, cu_seqlens.shape[0] - 1)
     )
-    chunks, at = _layout(q.shape, q.dtype, direction, packed, keep, exact)
-    o, buffer, tables = v.new_empty(q.shape), q.new_empty(at[-1], dtype=torch.uint8), []
-    for i in range(0, len(scans), 2):
-        *inputs, out = _lines(scans[i][0], q, f, v, o)
-        if keep:
-            for j in range(i, min(i + 2, len(scans) - 1)):
-                if chunks[j] * q.shape[-2] % 4:
-                    buffer[at[j + 1] - 16 : at[j + 1]].zero_()  # the gap before the next scan's would hold anything
-        parts = buffer[at[i] :], buffer[at[i + 1] :]
-        tables += pair.forward(
-            *inputs, lower_bound, lengths, cu_seqlens, q_act, v_act, fast_limit, keep, out, i > 0, parts
+    _, at = _layout(q.shape, q.dtype, direction, packed, keep, exact)
+    o, buffer, table = v.new_empty(q.shape), q.new_empty(at[-1], dtype=torch.uint8), None
+    for i, (columns, _) in enumerate(scans):
+        *inputs, out = _lines(columns, q, f, v, o)
+        part = buffer[at[i] : at[i + 1]] if keep else buffer
+        table = pair.forward(
+            *inputs, lower_bound, lengths, cu_seqlens, q_act, v_act, fast_limit, keep, out, i > 0, part
         )  # fmt: skip
-    return o, None, buffer, None if packed is None else torch.cat(tables)
+    return o, None, buffer, table
 
 
 def backward(do, d_final, q, f, v, lower_bound, lengths, buffer, table, direction: str, q_act, v_act,
@@ -92,21 +86,17 @@ def backward(do, d_final, q, f, v, lower_bound, lengths, buffer, table, directio
 
     grads, scans = gradients(q, f, v, packed), SCANS[direction]
     rest = (lower_bound, lengths)
-    if len(scans) == 1:
+    if scans[0][1] != "both":
         options = (q_act, v_act, lower_bound_grad, initial_rows)
         ends = chunk.backward(do, d_final, q, f, v, *rest, buffer, table, scans[0][1], *options, grads)
         return *grads, *ends
-    tables = (None,) * len(scans) if table is None else table.chunk(len(scans))
-    packed = None if table is None else tables[0].shape[0]
-    _, at = _layout(q.shape, q.dtype, direction, packed, True, False)
+    _, at = _layout(q.shape, q.dtype, direction, None if table is None else table.shape[0], True, False)
     bound = None
-    for i in range(0, len(scans), 2):
-        inputs = _lines(scans[i][0], do, q, f, v)
-        out = _lines(scans[i][0], *grads)
-        parts = buffer[at[i] :], buffer[at[i + 1] :]
-        share = pair.backward(
-            *inputs, *rest, parts, tables[i : i + 2], q_act, v_act, lower_bound_grad, out, i > 0
-        )  # fmt: skip
+    for i, (columns, _) in enumerate(scans):
+        inputs = _lines(columns, do, q, f, v)
+        out = _lines(columns, *grads)
+        part = buffer[at[i] : at[i + 1]]
+        share = pair.backward(*inputs, *rest, part, table, q_act, v_act, lower_bound_grad, out, i > 0)
         bound = share if bound is None else bound + share
     return *grads, bound, None
 

@@ -6,86 +6,73 @@ import torch
 from torch import Tensor
 
 from hgrn2.ops import tiles
-from hgrn2.ops.call import Call, saved_slots
+from hgrn2.ops.call import Call, pair_slots
 from hgrn2.ops.chunk import _on_its_device, _scratch, _signature, chunk_table, count_chunks
-from hgrn2.ops.chunk_pair import chunk_pair_out_kernel, chunk_pair_value_grad_kernel
+from hgrn2.ops.chunk_common import FAST_LIMIT_FP32, FAST_LIMIT_PAIR
+from hgrn2.ops.chunk_pair import chunk_pair_factor_kernel, chunk_pair_out_kernel, chunk_pair_value_grad_kernel
 from hgrn2.ops.chunk_pair_grad import chunk_pair_grad_kernel
-from hgrn2.ops.launch import Plans, Slots
+from hgrn2.ops.launch import Plans
 
 _forward_plans, _backward_plans = Plans(), Plans()
 
 
-def _both(slots: Slots) -> tuple[Slots, Slots]:
-    """The slots of the scan ahead, and under their names with a 2 those of the scan back."""
-    second = Slots()
-    second.of, second.size = {f"{name}2": slot for name, slot in slots.of.items()}, slots.size
-    return slots, second
-
-
-def _calls(*args) -> tuple[Call, Call]:
-    *args, q_act, v_act = args
-    first = Call(*args, False, q_act, v_act)
-    return first, Call(*args, True, q_act, v_act, "2", first)
-
-
 @_on_its_device
-def forward(q, f, v, lower_bound, lengths, cu_seqlens, q_act, v_act, fast_limit, keep, o, add, buffers):  # fmt: skip
-    """Write o, or add to it (`add`), and to `buffers`, the two scans', what `backward` needs; returns their tables."""
+def forward(q, f, v, lower_bound, lengths, cu_seqlens, q_act, v_act, fast_limit, keep, o, add, buffer) -> Tensor | None:
+    """Write o, or add to it (`add`), and to `buffer` what `backward` needs beside the table that this returns."""
     *lines, time, heads, dim = q.shape
     documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     key = (*_signature(q, f, v, lower_bound, lengths, o), documents, q_act, v_act, fast_limit, keep, add)
     found = _forward_plans.get(key)
     if found is None:
         n_chunks = count_chunks(math.prod(lines), time, dim, q.dtype, documents)
-        calls = _calls(q, f, v, lower_bound, lengths, (o,), n_chunks, documents is not None, q_act, v_act)
-        for call in calls:
-            call.strides("o", o)
-            call.factors(keep, False, fast_limit)
-            call.safe_chunks(keep)
-            call.states("kx", "v", "states", "none", "none", backward=False)
-        calls[0].outputs(keep, add, chunk_pair_out_kernel)
-        slots = _both(saved_slots(n_chunks, heads, dim, q.dtype, keep, False))
-        found = _forward_plans[key] = calls[0].plan, slots, calls[0].scratch, n_chunks, calls[0].masks
+        call = Call(q, f, v, lower_bound, lengths, (o,), n_chunks, documents is not None, False, q_act, v_act)
+        call.strides("o", o)
+        if fast_limit is None:
+            fast_limit = FAST_LIMIT_FP32 if q.dtype == torch.float32 else FAST_LIMIT_PAIR
+        call.factors(keep, False, fast_limit, chunk_pair_factor_kernel)
+        call.safe_chunks(keep)
+        call.safe_chunks(keep, back=True)
+        call.states("kx", "v", "states", "none", "none", backward=False)
+        call.states("kx2", "v", "states2", "none", "none", backward=True)
+        call.outputs(keep, add, chunk_pair_out_kernel)
+        slots = pair_slots(n_chunks, heads, dim, q.dtype, keep)
+        found = _forward_plans[key] = call.plan, slots, call.scratch, n_chunks, call.masks
     plan, slots, scratch, n_chunks, masks = found
-    tables = [None, None]
+    table = None
     if cu_seqlens is not None:
-        chunk = tiles.tiles_for(dim, q.dtype).chunk
-        tables = [chunk_table(cu_seqlens, n_chunks, chunk, reverse) for reverse in (False, True)]
-    tensors = dict(q=q, f=f, v=v, lb=lower_bound, len=lengths, table=tables[0], table2=tables[1], o=o, **masks)
-    tensors |= {} if keep else dict(ex=None, ex2=None)
-    more = (_scratch(q, scratch),) if scratch.of else ()
-    plan.run(tensors, *zip(slots, buffers, strict=True), *more)
-    return tables
+        table = chunk_table(cu_seqlens, n_chunks, tiles.tiles_for(dim, q.dtype).chunk, False)
+    tensors = dict(q=q, f=f, v=v, lb=lower_bound, len=lengths, table=table, o=o, **masks)
+    plan.run(tensors, (slots, buffer), *((_scratch(q, scratch),) if scratch.of else ()))
+    return table
 
 
 @_on_its_device
-def backward(
-    do, q, f, v, lower_bound, lengths, buffers, tables, q_act, v_act, bound: bool, grads, add
-) -> Tensor | None:
+def backward(do, q, f, v, lower_bound, lengths, buffer, table, q_act, v_act, bound: bool, grads, add) -> Tensor | None:
     """Write dq, df and dv (`grads`), or add to them (`add`); returns the gradient of lower_bound if `bound`."""
     dq, df, dv = grads
-    packed = tables[0] is not None
-    key = (*_signature(q, f, v, do, lower_bound, lengths, dq), packed, q_act, v_act, bound, add, buffers[0].shape)
+    packed = table is not None
+    key = (*_signature(q, f, v, do, lower_bound, lengths, dq), packed, q_act, v_act, bound, add, buffer.shape)
     found = _backward_plans.get(key)
     if found is None:
         *lines, time, heads, dim = q.shape
-        n_chunks = tables[0].shape[0] if packed else count_chunks(math.prod(lines), time, dim, q.dtype, None)
-        calls = _calls(q, f, v, lower_bound, lengths, (do, dq), n_chunks, packed, q_act, v_act)
-        for call in calls:
-            call.strides("do", do)
-            call.strides("g", dq)
-            call.state_gradients("none", "none", False)
-        calls[0].value_gradients(bound, add, chunk_pair_value_grad_kernel)
-        calls[0].gradients(bound, add, tiles.pair_grad(calls[0].tiles), chunk_pair_grad_kernel)
-        calls[0].safe_gradients(bound, add)
-        calls[1].safe_gradients(bound, True)
-        slots = _both(saved_slots(n_chunks, heads, dim, q.dtype, True, False))
-        found = _backward_plans[key] = calls[0].plan, slots, calls[0].scratch, n_chunks, calls[0].masks
+        n_chunks = table.shape[0] if packed else count_chunks(math.prod(lines), time, dim, q.dtype, None)
+        call = Call(q, f, v, lower_bound, lengths, (do, dq), n_chunks, packed, False, q_act, v_act)
+        call.strides("do", do)
+        call.strides("g", dq)
+        call.gradient_slots("dstates", "dstates2")
+        call.states("qx", "do", "dstates", "none", "none", backward=True)
+        call.states("qx2", "do", "dstates2", "none", "none", backward=False)
+        call.value_gradients(bound, add, chunk_pair_value_grad_kernel)
+        call.gradients(bound, add, tiles.pair_grad(call.tiles), chunk_pair_grad_kernel)
+        call.safe_gradients(bound, add, pair=True)
+        call.safe_gradients(bound, True, pair=True, back=True)
+        slots = pair_slots(n_chunks, heads, dim, q.dtype, True)
+        found = _backward_plans[key] = call.plan, slots, call.scratch, n_chunks, call.masks
     plan, slots, scratch, n_chunks, masks = found
     dlb = q.new_empty(2, n_chunks, *q.shape[-2:], dtype=torch.float32) if bound else None
     tensors = dict(
-        q=q, f=f, v=v, do=do, lb=lower_bound, len=lengths, table=tables[0], table2=tables[1], dq=dq, df=df, dv=dv,
+        q=q, f=f, v=v, do=do, lb=lower_bound, len=lengths, table=table, dq=dq, df=df, dv=dv,
         dlb=dlb[0] if bound else None, dlb2=dlb[1] if bound else None, **masks,
     )  # fmt: skip
-    plan.run(tensors, *zip(slots, buffers, strict=True), _scratch(q, scratch))
+    plan.run(tensors, (slots, buffer), _scratch(q, scratch))
     return dlb.sum((0, 1)) if bound else None

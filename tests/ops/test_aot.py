@@ -24,11 +24,10 @@ FP32 = {
 INT32 = {"safe_ptr", "table_ptr", "len_ptr"}
 PRODUCT = {"qx_ptr", "kx_ptr", "ex_ptr", "x_ptr", "states_ptr", "dstates_ptr", "a_ptr", "da_ptr"}
 # of the scan back
-FP32 |= {"diag2_ptr", "dlb2_ptr"}
-INT32 |= {"safe2_ptr", "first_ptr"}
-PRODUCT |= {"qx2_ptr", "kx2_ptr", "ex2_ptr", "states2_ptr", "dstates2_ptr", "a2_ptr", "da2_ptr"}
+FP32 |= {"dlb2_ptr"}
+PRODUCT |= {"qx2_ptr", "kx2_ptr", "states2_ptr", "dstates2_ptr"}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-KERNELS = 22
+KERNELS = 25
 
 
 def variants(dim: int, dtype: torch.dtype):
@@ -60,9 +59,11 @@ def variants(dim: int, dtype: torch.dtype):
 
     t = cfg.factor
     for exact in (False, True):
-        absent = ["first_ptr"] if exact else ["qf_ptr", "first_ptr"]
-        sizes = dict(BH=max(1, t.bk // dim), BT=t.bv, EXACT=exact, BACK=False)
-        yield variant(f"factor{exact:d}", chunk_factors.chunk_factor_kernel, t, absent, **sizes)
+        sizes = dict(BH=max(1, t.bk // dim), BT=t.bv, EXACT=exact)
+        yield variant(
+            f"factor{exact:d}", chunk_factors.chunk_factor_kernel, t, () if exact else ["qf_ptr"], **sizes
+        )  # fmt: skip
+    yield variant("pair_factor", chunk_pair.chunk_pair_factor_kernel, t, **sizes)
     for mode in (0, 2):
         absent = ["seg_ptr", "decay_ptr"] if mode == 0 else ["decay_ptr"]
         for label, backward, exact in (("", False, False), ("_grad", True, False), ("_exact", True, True)):
@@ -70,7 +71,8 @@ def variants(dim: int, dtype: torch.dtype):
                 constants = dict(MODE=mode, BACKWARD=backward, EXACT=exact)
                 t = tiles.exact_state(dim) if exact else cfg.state
                 yield variant(f"state{mode}{label}", chunk_fwd.chunk_state_kernel, t, absent, **constants)
-    yield variant("score", chunk_safe.chunk_score_kernel, cfg.score)
+    for label, back in (("", False), ("_back", True)):
+        yield variant(f"score{label}", chunk_safe.chunk_score_kernel, cfg.score, BACK=back)
     output = dict(PRECISION=tiles.output_precision(dtype))
     for label, add in (("", False), ("_add", True)):
         yield variant(f"out{label}", chunk_fwd.chunk_out_kernel, cfg.out, ADD=add, **output)
@@ -79,7 +81,9 @@ def variants(dim: int, dtype: torch.dtype):
         yield variant(f"pair_value_grad{label}", chunk_pair.chunk_pair_value_grad_kernel, cfg.dv, ADD=add, **output)
         yield variant(f"grad{label}", chunk_bwd.chunk_grad_kernel, cfg.grad, ADD=add)
         yield variant(f"pair_grad{label}", chunk_pair_grad.chunk_pair_grad_kernel, tiles.pair_grad(cfg), ADD=add)
-        yield variant(f"safe_grad{label}", chunk_safe_bwd.chunk_safe_grad_kernel, cfg.safe_grad, ADD=add)
+    for label, add, pair, back in (("", False, False, False), ("_ahead", False, True, False), ("_back", True, True, True)):
+        ways = dict(ADD=add, PAIR=pair, BACK=back)
+        yield variant(f"safe_grad{label}", chunk_safe_bwd.chunk_safe_grad_kernel, cfg.safe_grad, **ways)
 
 
 def compile_for(capability: int, kernel, dtype: torch.dtype, constants: dict, absent: list, options: dict) -> dict:
