@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hgrn2.ops import tiles
-from hgrn2.ops.chunk_bwd import chunk_grad_kernel, chunk_value_grad_kernel
+from hgrn2.ops.chunk_bwd import chunk_grad_kernel, chunk_value_grad_kernel, row_sum_kernel
 from hgrn2.ops.chunk_common import FAST_LIMIT, FAST_LIMIT_FP32
 from hgrn2.ops.chunk_factors import chunk_factor_kernel
 from hgrn2.ops.chunk_fwd import carry_kernel, chunk_out_kernel, chunk_state_kernel
@@ -160,6 +160,7 @@ class Call:
         self.states("qf" if exact else "qx", "do", "dstates", enter, leave, backward=True)
 
     def gradient_slots(self, *states: str) -> None:
+        """Room for the gradients of scores and, by their names, of states."""
         chunk, product = self.tiles.chunk, tiles.product_dtype(self.dtype)
         for name in states:
             self.scratch.add(name, (self.n_chunks, self.heads, self.dim, self.dim), product)
@@ -172,17 +173,34 @@ class Call:
         values = dict(LB_GRAD=bound, ADD=add, PRECISION=tiles.output_precision(self.dtype))
         self.add(kernel, programs, tile, values, **({} if bound else dict(dlb="none", dlb2="none")))
 
-    def gradients(self, bound: bool, add: bool, tile: tiles.Kernel | None = None, kernel=chunk_grad_kernel) -> None:
+    def gradients(self, bound: bool, add: bool, kernel=chunk_grad_kernel) -> None:
         """dq and df of fast chunks."""
-        tile = tile or self.tiles.grad
+        tile = self.tiles.grad
         values = dict(LB_GRAD=bound, ADD=add)
         programs = self.n_chunks * self.heads * (self.dim // tile.bk)
         self.add(kernel, programs, tile, values, dlb="dlb" if bound else "none")
 
     def safe_gradients(self, bound: bool, add: bool, pair: bool = False, back: bool = False) -> None:
-        """dq and df of safe chunks; `pair`: of one of two scans at once."""
+        """dq and df of safe chunks; `pair`: of one of two scans."""
         tile, values = self.tiles.safe_grad, dict(LB_GRAD=bound, ADD=add, PAIR=pair)
         halves, number = self.tiles.chunk // 32, "2" if back else ""
         names = {name: name + number for name in ("qx", "kx", "states", "dstates")}
         names |= dict(dlb="dlb" + number if bound else "none", mask="mask32", x="ex" + number)
         self.add_safe(chunk_safe_grad_kernel, halves * (self.dim // tile.bk), tile, values, back, **names)
+
+    def bound_gradient(self, scans: int = 1) -> None:
+        """The gradient of lower_bound, from the chunks' shares of it in each of the scans."""
+        self.scratch.add("dlb", (scans * self.n_chunks, self.heads, self.dim), torch.float32)
+        if scans == 2:
+            self.scratch.part("dlb2", "dlb", self.n_chunks, self.n_chunks)
+        rows, columns = scans * self.n_chunks, self.heads * self.dim
+        length = max(64, cdiv(rows, 64))
+        parts = cdiv(rows, length)
+        tile = tiles.Kernel(16, 64, 4)
+        steps = [("dlb", "d_bound", rows, rows)]
+        if parts > 1:
+            self.scratch.add("parts", (parts, self.heads, self.dim), torch.float32)
+            steps = [("dlb", "parts", rows, length), ("parts", "d_bound", parts, parts)]
+        for x, y, n, each in steps:
+            values = dict(N=n, M=columns, L=each, BM=16, BN=64)
+            self.add(row_sum_kernel, cdiv(n, each) * cdiv(columns, 16), tile, values, shares=x, sum=y)

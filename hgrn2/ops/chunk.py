@@ -141,19 +141,21 @@ def backward(do, d_final, q, f, v, lower_bound, lengths, buffer, table, reverse,
         call.value_gradients(lower_bound_grad, add)
         call.gradients(lower_bound_grad, add)
         call.safe_gradients(lower_bound_grad, add)
+        if lower_bound_grad:
+            call.bound_gradient()
         slots = saved_slots(n_chunks, heads, dim, q.dtype, True, exact)
         found = call.plan, slots, call.scratch, n_chunks, call.masks
         _backward_plans[key] = found
     plan, slots, scratch, n_chunks, masks = found
     heads, dim = q.shape[-2:]
-    d_initial = dlb = None
+    d_initial = d_bound = None
     if exact:
         d_initial = _boundary(q, initial_rows, d_final, table is not None)
     if lower_bound_grad:
-        dlb = q.new_empty(n_chunks, heads, dim, dtype=torch.float32)
+        d_bound = q.new_empty(heads, dim, dtype=torch.float32)
     tensors = dict(
         q=q, f=f, v=v, do=do, lb=lower_bound, d_final=d_final, d_initial=d_initial, len=lengths, table=table,
-        dq=dq, df=df, dv=dv, dlb=dlb, **masks,
+        dq=dq, df=df, dv=dv, d_bound=d_bound, **masks,
     )  # fmt: skip
     plan.run(tensors, (slots, buffer), _scratch(q, scratch))
-    return None if dlb is None else dlb.sum(0), d_initial
+    return d_bound, d_initial

@@ -227,3 +227,20 @@ def chunk_grad_kernel(
     if ADD:
         b_df += tl.load(df_ptr + p_out, mask=m_in[:, None], other=0.0).to(tl.float32)
     tl.store(df_ptr + p_out, b_df.to(df_ptr.dtype.element_ty), mask=m_in[:, None])
+
+
+@triton.jit(do_not_specialize=["N", "M", "L"])
+def row_sum_kernel(shares_ptr, sum_ptr, N, M, L, BM: tl.constexpr, BN: tl.constexpr):
+    """Sums of each L rows of `[N, M]` to `[N / L, M]`, fp32; BM columns a program, BN rows at a time."""
+    n_m = (M + BM - 1) // BM
+    o_m = tl.program_id(0) % n_m * BM + tl.arange(0, BM)
+    first = tl.program_id(0) // n_m * L
+    until = tl.minimum(first + L, N)
+    total = tl.zeros([BM], dtype=tl.float32)
+    for n0 in tl.range(first, until, BN):
+        o_n = n0 + tl.arange(0, BN)
+        inside = (o_n < until)[:, None] & (o_m < M)[None, :]
+        total += tl.sum(
+            tl.load(shares_ptr + o_n[:, None].to(tl.int64) * M + o_m[None, :], mask=inside, other=0.0), axis=0
+        )
+    tl.store(sum_ptr + tl.program_id(0) // n_m * M + o_m, total, mask=o_m < M)

@@ -14,13 +14,9 @@ def _inverse(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _one(
-    qx_ptr, kx_ptr, p_tile, b_da, b_dq, b_dk, b_diag, eye, C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
-):
+def _one(b_qt, b_kt, b_da, b_dq, b_dk, b_diag, eye, C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
     """Of one scan, from what states contribute to dqx and dkx and from the scores' gradient: dqx, dkx, and the two
-    sums of products with them that its gates' gradients are made of."""
-    b_qt = tl.load(qx_ptr + p_tile)
-    b_kt = tl.load(kx_ptr + p_tile)
+    products with them that its gates' gradients are sums of."""
     b_dq = product(b_da, b_kt, b_dq, PRECISION)
     b_inner = product(tl.trans(b_da), b_qt, tl.zeros([C, BK], dtype=tl.float32), PRECISION)
     b_qx = to_accumulator(b_qt, eye)
@@ -28,6 +24,18 @@ def _one(
     b_inside = b_qx * b_dq - b_kx * b_inner
     b_across = b_kx * b_dk
     return b_dq + b_diag * b_kx, b_dk + b_inner + b_diag * b_qx, b_inside, b_across
+
+
+@triton.jit
+def _sum(mask, x, acc, SPLIT: tl.constexpr):
+    """`masked_sum`; of two parts as a loop, for what the kernel says of loops."""
+    if SPLIT != 2:
+        return masked_sum(mask, x, acc, SPLIT)
+    for _ in tl.range(0, SPLIT, num_stages=1):
+        part = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+        acc = tl.dot(mask, part.to(tl.bfloat16), acc)
+        x = x - part
+    return acc
 
 
 @triton.jit(do_not_specialize=["T", "NT", "P", "H", "has_len"])
@@ -65,11 +73,20 @@ def chunk_pair_grad_kernel(
     p_q = q_ptr + b * q_stride_b + p * q_stride_p + t64 * q_stride_t + i_h * q_stride_h
     p_q += o_t[:, None] * q_stride_t + o_k[None, :]
     p_tile = p_ch * C * K + o_c[:, None] * K + o_k[None, :]
+    # all loads come first, so that they overlap
     b_f = finite(tl.load(p_f, mask=m_real, other=100.0))
     b_da = tl.load(da_ptr + p_ch * C * C + o_c[:, None] * C + o_c[None, :])
+    b_qt = tl.load(qx_ptr + p_tile)
+    b_kt = tl.load(kx_ptr + p_tile)
+    b_qt2 = tl.load(qx2_ptr + p_tile)
+    b_kt2 = tl.load(kx2_ptr + p_tile)
+    b_et = tl.load(ex_ptr + p_tile)
+    later = load_mask(mask_ptr, 1, C)
+    earlier = load_mask(mask_ptr, 2, C)
     b_diag = tl.load(diag_ptr + p_ch * C + o_c)[:, None]
     gamma = tl.load(lb_ptr + i_h * K + o_k)[None, :] if HAS_LB else 0.0
     eye = load_mask(mask_ptr, 0, C)
+    zero = tl.zeros([C, BK], dtype=tl.float32)
 
     b_dq = tl.zeros([C, BK], dtype=tl.float32)
     b_dk = tl.zeros([C, BK], dtype=tl.float32)
@@ -96,19 +113,29 @@ def chunk_pair_grad_kernel(
 
     i = o_c[:, None]
     j = o_c[None, :]
-    b_dq, b_dk, b_later, b_earlier = _one(
-        qx_ptr, kx_ptr, p_tile, tl.where(i > j, b_da, 0.0), b_dq, b_dk, b_diag, eye, C, BK, PRECISION
-    )
-    b_dq2, b_dk2, b_inside, b_across = _one(
-        qx2_ptr, kx2_ptr, p_tile, tl.where(i < j, b_da, 0.0), b_dq2, b_dk2, b_diag, eye, C, BK, PRECISION
-    )
-    # what the scan ahead sums from a token on, the scan back sums up to it
-    b_dg = masked_sum(load_mask(mask_ptr, 1, C), b_later + b_across, b_inside - b_across + b_cross[None, :], SPLIT)
-    b_dg = masked_sum(load_mask(mask_ptr, 2, C), b_earlier + b_inside, b_dg, SPLIT)
+    # loops of one round: where one product leads to another, the compiler would have each 4 of 8 warps make all of it
+    once = tl.minimum(T, 1)
+    b_later = zero
+    b_earlier = zero
+    for _ in tl.range(0, once, num_stages=1, disable_licm=True):
+        b_dq, b_dk, b_later, b_earlier = _one(
+            b_qt, b_kt, tl.where(i > j, b_da, 0.0), b_dq, b_dk, b_diag, eye, C, BK, PRECISION
+        )
+    b_dg = zero + b_cross[None, :]
+    for _ in tl.range(0, once, num_stages=1, disable_licm=True):
+        b_dq2, b_dk2, b_inside, b_across = _one(
+            b_qt2, b_kt2, tl.where(i < j, b_da, 0.0), b_dq2, b_dk2, b_diag, eye, C, BK, PRECISION
+        )
+        # what the scan ahead sums from a token on, the scan back sums up to it
+        b_dg += b_inside - b_across
+        b_later += b_across
+        b_earlier += b_inside
+    b_dg = _sum(later, b_later, b_dg, SPLIT)
+    b_dg = _sum(earlier, b_earlier, b_dg, SPLIT)
     b_f = to_accumulator(b_f, eye)
     _sigma, _minus, _k, lam, _g = gate_tile(b_f, gamma, HAS_LB, EXACT)
     # 2^G, and 2^E
-    b_e = to_accumulator(tl.load(ex_ptr + p_tile), eye)
+    b_e = to_accumulator(b_et, eye)
     b_before = b_e * _inverse(lam, EXACT)
     b_dq = b_dq * b_e + b_dq2 * _inverse(b_before, EXACT)
     b_dk = b_dk * _inverse(b_e, EXACT) + b_dk2 * b_before

@@ -26,6 +26,7 @@ def forward(q, f, v, lower_bound, lengths, cu_seqlens, q_act, v_act, fast_limit,
     if found is None:
         n_chunks = count_chunks(math.prod(lines), time, dim, q.dtype, documents)
         call = Call(q, f, v, lower_bound, lengths, (o,), n_chunks, documents is not None, False, q_act, v_act)
+        call.tiles = tiles.pair(call.tiles)
         call.strides("o", o)
         if fast_limit is None:
             fast_limit = FAST_LIMIT_FP32 if q.dtype == torch.float32 else FAST_LIMIT_PAIR
@@ -57,22 +58,24 @@ def backward(do, q, f, v, lower_bound, lengths, buffer, table, q_act, v_act, bou
         *lines, time, heads, dim = q.shape
         n_chunks = table.shape[0] if packed else count_chunks(math.prod(lines), time, dim, q.dtype, None)
         call = Call(q, f, v, lower_bound, lengths, (do, dq), n_chunks, packed, False, q_act, v_act)
+        call.tiles = tiles.pair(call.tiles)
         call.strides("do", do)
         call.strides("g", dq)
         call.gradient_slots("dstates", "dstates2")
         call.states("qx", "do", "dstates", "none", "none", backward=True)
         call.states("qx2", "do", "dstates2", "none", "none", backward=False)
         call.value_gradients(bound, add, chunk_pair_value_grad_kernel)
-        call.gradients(bound, add, tiles.pair_grad(call.tiles), chunk_pair_grad_kernel)
+        call.gradients(bound, add, chunk_pair_grad_kernel)
         call.safe_gradients(bound, add, pair=True)
         call.safe_gradients(bound, True, pair=True, back=True)
+        if bound:
+            call.bound_gradient(2)
         slots = pair_slots(n_chunks, heads, dim, q.dtype, True)
         found = _backward_plans[key] = call.plan, slots, call.scratch, n_chunks, call.masks
     plan, slots, scratch, n_chunks, masks = found
-    dlb = q.new_empty(2, n_chunks, *q.shape[-2:], dtype=torch.float32) if bound else None
+    d_bound = q.new_empty(q.shape[-2:], dtype=torch.float32) if bound else None
     tensors = dict(
-        q=q, f=f, v=v, do=do, lb=lower_bound, len=lengths, table=table, dq=dq, df=df, dv=dv,
-        dlb=dlb[0] if bound else None, dlb2=dlb[1] if bound else None, **masks,
+        q=q, f=f, v=v, do=do, lb=lower_bound, len=lengths, table=table, dq=dq, df=df, dv=dv, d_bound=d_bound, **masks
     )  # fmt: skip
     plan.run(tensors, (slots, buffer), _scratch(q, scratch))
-    return dlb.sum((0, 1)) if bound else None
+    return d_bound

@@ -91,9 +91,15 @@ def exact_state(head_dim: int) -> Kernel:
     return Kernel(min(head_dim, 32), min(head_dim, 32), 8 if head_dim > 32 else 4)
 
 
-def pair_grad(tiles: Tiles) -> Kernel:
-    """The tile of the gradients of both directions: that of one, whose warps could not hold it."""
-    return dataclasses.replace(tiles.grad, warps=min(8, 2 * tiles.grad.warps), stages=1)
+def pair(tiles: Tiles) -> Tiles:
+    """The tiles for both directions at once, whose kernels hold twice as much."""
+    if tiles.chunk < 64:
+        warps = 2 * tiles.grad.warps if tiles.grad.warps < 4 else 4
+        return dataclasses.replace(tiles, grad=dataclasses.replace(tiles.grad, warps=warps))
+    out, dv, grad = (dataclasses.replace(x, bv=min(64, x.bv)) for x in (tiles.out, tiles.dv, tiles.grad))
+    return dataclasses.replace(
+        tiles, out=out, dv=dataclasses.replace(dv, stages=1), grad=dataclasses.replace(grad, warps=8)
+    )  # fmt: skip
 
 
 def output_precision(dtype: torch.dtype) -> str:

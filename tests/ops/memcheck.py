@@ -62,6 +62,7 @@ def main(part: int, parts: int) -> None:
             runs += [
                 lambda dim=dim, dtype=dtype, mean=mean: scan(dim, dtype, mean=mean),
                 lambda dim=dim, dtype=dtype, mean=mean: scan(dim, dtype, mean=mean, carried=False),
+                lambda dim=dim, dtype=dtype, mean=mean: scan(dim, dtype, "both", mean=mean),
             ]
     for dim in (1, 2, 4, 8, 64):
         runs += [

@@ -23,11 +23,11 @@ FP32 = {
 }  # fmt: skip
 INT32 = {"safe_ptr", "table_ptr", "len_ptr"}
 PRODUCT = {"qx_ptr", "kx_ptr", "ex_ptr", "x_ptr", "states_ptr", "dstates_ptr", "a_ptr", "da_ptr"}
-# of the scan back
-FP32 |= {"dlb2_ptr"}
+# of the scan back, and sums
+FP32 |= {"dlb2_ptr", "shares_ptr", "sum_ptr"}
 PRODUCT |= {"qx2_ptr", "kx2_ptr", "states2_ptr", "dstates2_ptr"}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-KERNELS = 25
+KERNELS = 26
 
 
 def variants(dim: int, dtype: torch.dtype):
@@ -45,6 +45,7 @@ def variants(dim: int, dtype: torch.dtype):
     from hgrn2.ops.gates import activation_code
 
     cfg = tiles.tiles_for(dim, dtype)
+    both = tiles.pair(cfg)
     precision, split, sub = tiles.arithmetic(dtype)
     act = activation_code(1, dtype)
     common = dict(
@@ -77,12 +78,13 @@ def variants(dim: int, dtype: torch.dtype):
     for label, add in (("", False), ("_add", True)):
         yield variant(f"out{label}", chunk_fwd.chunk_out_kernel, cfg.out, ADD=add, **output)
         yield variant(f"value_grad{label}", chunk_bwd.chunk_value_grad_kernel, cfg.dv, ADD=add, **output)
-        yield variant(f"pair_out{label}", chunk_pair.chunk_pair_out_kernel, cfg.out, ADD=add, **output)
-        yield variant(f"pair_value_grad{label}", chunk_pair.chunk_pair_value_grad_kernel, cfg.dv, ADD=add, **output)
+        yield variant(f"pair_out{label}", chunk_pair.chunk_pair_out_kernel, both.out, ADD=add, **output)
+        yield variant(f"pair_value_grad{label}", chunk_pair.chunk_pair_value_grad_kernel, both.dv, ADD=add, **output)
         yield variant(f"grad{label}", chunk_bwd.chunk_grad_kernel, cfg.grad, ADD=add)
-        yield variant(f"pair_grad{label}", chunk_pair_grad.chunk_pair_grad_kernel, tiles.pair_grad(cfg), ADD=add)
-    for label, add, pair, back in (("", False, False, False), ("_ahead", False, True, False), ("_back", True, True, True)):
-        ways = dict(ADD=add, PAIR=pair, BACK=back)
+        yield variant(f"pair_grad{label}", chunk_pair_grad.chunk_pair_grad_kernel, both.grad, ADD=add)
+    yield variant("row_sum", chunk_bwd.row_sum_kernel, tiles.Kernel(16, 64, 4), BM=16, BN=64)
+    for label, add, pair in (("", False, False), ("_ahead", False, True), ("_back", True, True)):
+        ways = dict(ADD=add, PAIR=pair, BACK=add)
         yield variant(f"safe_grad{label}", chunk_safe_bwd.chunk_safe_grad_kernel, cfg.safe_grad, **ways)
 
 

@@ -45,13 +45,37 @@ def test_error_against_plain_torch(dtype, dim, mean, limit, acts):
     assert all(ratio <= 2 for ratio in ratios.values()), ratios
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("dim", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize(
+    ("mean", "limit", "acts"), [(0, None, {}), (-2, None, {}), (-8, None, {}), (0, -1.0, {}), (0, None, ACTIVATED)]
+)
+def test_error_of_both_directions_against_plain_torch(dtype, dim, mean, limit, acts):
+    inputs = draw(batch=2, heads=max(2, 128 // dim), dim=dim, dtype=dtype, mean=mean)
+    d_out = torch.randn_like(inputs[0])
+
+    def plain(*inputs, **acts):
+        state = torch.zeros_like(states)
+        ahead, _ = plain_scan(*inputs, initial_state=state, **acts)
+        back, _ = plain_scan(*(x.flip(1) for x in inputs[:3]), inputs[3], initial_state=state, **acts)
+        return ahead + back.flip(1), None
+
+    states = inputs[4]
+    truth = run(hgrn2_scan, inputs, d_out, None, torch.float64, direction="both", impl="torch", **acts)
+    ours = errors(run(triton_scan, inputs, d_out, None, dtype, direction="both", fast_limit=limit, **acts), truth)
+    other = errors(run(plain, inputs, d_out, None, dtype, **acts), truth)
+    ratios = {n: ours[n] / other[n] for n in truth}
+    assert all(ratio <= 2 for ratio in ratios.values()), ratios
+
+
 @pytest.mark.parametrize("time", [1, 2, 63, 64, 65, 1000, 16385])
 @pytest.mark.parametrize(("heads", "dim"), [(3, 128), (5, 32)])
 def test_lengths_of_time(time, heads, dim):
     inputs = draw(time=time, heads=heads, dim=dim)
-    d_out, d_final = torch.randn_like(inputs[0]), torch.randn_like(inputs[4])
-    for direction in ("forward", "reverse"):
-        options = dict(direction=direction, output_final_state=True)
+    d_out, d_state = torch.randn_like(inputs[0]), torch.randn_like(inputs[4])
+    for direction in ("forward", "reverse", "both"):
+        d_final = None if direction == "both" else d_state
+        options = dict(direction=direction, output_final_state=direction != "both")
         truth = run(hgrn2_scan, inputs, d_out, d_final, torch.float64, impl="torch", **options)
         got = run(hgrn2_scan, inputs, d_out, d_final, BF16, impl="triton", **options)
         assert all(e < 1e-2 for e in errors(got, truth).values()), errors(got, truth)
@@ -76,13 +100,13 @@ def test_lengths(lengths, direction):
         assert (got.double() - ref).norm() <= 1e-2 * ref.norm()
 
 
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("direction", ["forward", "reverse", "both"])
 @pytest.mark.parametrize("dim", [32, 128])
 def test_documents(dim, direction):
     bounds = torch.tensor([0, 0, 1, 64, 65, 2000, 2000, 2063, 5000], device="cuda", dtype=torch.int32)
     inputs = draw(time=5000, dim=dim, rows=8)
-    d_out, d_final = torch.randn_like(inputs[0]), torch.randn_like(inputs[4])
-    options = dict(direction=direction, cu_seqlens=bounds, output_final_state=True)
+    d_out, d_final = torch.randn_like(inputs[0]), None if direction == "both" else torch.randn_like(inputs[4])
+    options = dict(direction=direction, cu_seqlens=bounds, output_final_state=direction != "both")
     truth = run(hgrn2_scan, inputs, d_out, d_final, torch.float64, impl="torch", **options)
     got = run(hgrn2_scan, inputs, d_out, d_final, BF16, impl="triton", **options)
     assert all(e < 1e-2 for e in errors(got, truth).values()), errors(got, truth)
@@ -146,12 +170,13 @@ def test_extreme_gates(bound, dtype):
 
 
 @pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("direction", ["forward", "both"])
 @pytest.mark.parametrize("dim", [32, 128])
-def test_bitwise_repeatable_on_poisoned_scratch(dim):
+def test_bitwise_repeatable_on_poisoned_scratch(dim, direction):
     inputs = draw(batch=2, time=700, heads=4, dim=dim, mean=-1.5, spread=2.0)
-    d_out, d_final = torch.randn_like(inputs[0]), torch.randn_like(inputs[4])
-    first = run(triton_scan, inputs, d_out, d_final, BF16)
-    again = run(triton_scan, inputs, d_out, d_final, BF16)
+    d_out, d_final = torch.randn_like(inputs[0]), None if direction == "both" else torch.randn_like(inputs[4])
+    first = run(triton_scan, inputs, d_out, d_final, BF16, direction=direction)
+    again = run(triton_scan, inputs, d_out, d_final, BF16, direction=direction)
     assert all(x.isfinite().all() for x in first.values())
     assert all(torch.equal(x, again[name]) for name, x in first.items())
 

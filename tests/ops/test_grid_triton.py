@@ -100,6 +100,7 @@ else:
         o = hgrn2_scan_2d(q, f, v, gamma, impl="triton")
         assert all(x.isfinite().all() for x in (o, *torch.autograd.grad(o.sum(), [packed, gamma])))
 
+    @pytest.mark.usefixtures("poisoned_empty")  # what is saved holds places that nothing writes: equal ones, so
     @pytest.mark.parametrize("direction", ["both", "2d", "columns"])
     def test_registration(direction):
         shape = (1, 20, 1, 16) if direction == "both" else (1, 2, 3, 1, 16)
