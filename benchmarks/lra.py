@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import triton
-from ops import OUT, ceilings, commit_of, milliseconds, peak_gib, version_of
+from ops import OUT, ceilings, commit_of, limit_tuning, milliseconds, peak_gib, version_of
 
 from hgrn2.ops import hgrn2_scan, hgrn2_scan_2d
 
@@ -210,9 +210,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--tune-ms", type=float, help="time for each candidate of fla's autotuner (default: Triton's)")
     parser.add_argument("--commit", help="recorded as the code's version (default: asked of git)")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
+    limit_tuning(args.tune_ms)
     result = {
         "date": datetime.date.today().isoformat(),
         "command": "python " + " ".join(sys.argv),
@@ -240,6 +242,8 @@ def main() -> None:
                 row[other] = None
             torch.compiler.reset()  # a scan compiled for one shape is no help to the next
             torch.cuda.empty_cache()
+            result["shapes"][name] = row
+            (args.out / "lra.json").write_text(json.dumps(result, indent=1) + "\n")
         result["shapes"][name] = row
         print(name, json.dumps(row), flush=True)
         (args.out / "lra.json").write_text(json.dumps(result, indent=1) + "\n")

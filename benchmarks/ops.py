@@ -89,6 +89,16 @@ def ceilings() -> dict:
     return {"copy TB/s": copy, "bf16 TFLOP/s": 2 * 8192**3 / milliseconds(lambda: m @ m, 10) / 1e9}
 
 
+def limit_tuning(milliseconds: float | None) -> None:
+    """Give Triton's autotuner, which fla uses, that time for each candidate in place of its own 125 ms."""
+    if milliseconds is None:
+        return
+    from triton.runtime.autotuner import Autotuner
+
+    bench = functools.partial(triton.testing.do_bench, warmup=3, rep=milliseconds)
+    Autotuner.do_bench = property(lambda self: bench, lambda self, value: None)
+
+
 def gate(batch, time, heads, dim, mean, spread, bound) -> dict:
     """Relative errors of outputs and gradients on one row and two heads of the shape; raises where one is too large."""
     q, f, v, do, gamma = draw(1, min(time, 2048), 2, dim, mean, spread, bound)
@@ -234,9 +244,11 @@ def main() -> None:
         "--peer", nargs="*", choices=SHAPES, default=list(SHAPES), help="shapes where fla is timed, too"
     )
     parser.add_argument("--no-layer", action="store_true", help="do not time the mixer layer")
+    parser.add_argument("--tune-ms", type=float, help="time for each candidate of fla's autotuner (default: Triton's)")
     parser.add_argument("--commit", help="recorded as the code's version (default: asked of git)")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
+    limit_tuning(args.tune_ms)
     fla_version = None if args.quick else version_of("flash-linear-attention")
     result = {
         "date": datetime.date.today().isoformat(),

@@ -111,7 +111,7 @@ class Call:
         count = multiprocessors(self.device)
         values = {f"y_stride_{axis}": self.values[f"{y}_stride_{axis}"] for axis in "bpth"} | dict(
             BACKWARD=backward, HAS_INIT=enter != "none", HAS_FINAL=leave != "none", EXACT=x == "qf",
-            ACT=self.values["V_ACT"] if y == "v" else 0,
+            ACT=self.values["V_ACT"] if y == "v" else 0, PRECISION=tiles.output_precision(self.dtype),
         )  # fmt: skip
         names = dict(x=x, y=y, states=states, init=enter, final=leave)
 

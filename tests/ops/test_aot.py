@@ -69,7 +69,7 @@ def variants(dim: int, dtype: torch.dtype):
         absent = ["seg_ptr", "decay_ptr"] if mode == 0 else ["decay_ptr"]
         for label, backward, exact in (("", False, False), ("_grad", True, False), ("_exact", True, True)):
             if not (exact and mode):
-                constants = dict(MODE=mode, BACKWARD=backward, EXACT=exact)
+                constants = dict(MODE=mode, BACKWARD=backward, EXACT=exact, PRECISION=tiles.output_precision(dtype))
                 t = tiles.exact_state(dim) if exact else cfg.state
                 yield variant(f"state{mode}{label}", chunk_fwd.chunk_state_kernel, t, absent, **constants)
     for label, back in (("", False), ("_back", True)):
