@@ -139,7 +139,8 @@ class Call:
     def safe_chunks(self, keep: bool, back: bool = False) -> None:
         number = "2" if back else ""
         names = dict(mask="mask32", kx="kx" + number, x="ex" + number if keep else "qx")
-        self.add_safe(chunk_score_kernel, 1, self.tiles.score, dict(keep=int(keep)), back, **names)
+        values = dict(keep=int(keep), PRECISION=tiles.output_precision(self.dtype))
+        self.add_safe(chunk_score_kernel, 1, self.tiles.score, values, back, **names)
 
     def add_safe(self, kernel, programs: int, tile: tiles.Kernel, values: dict, back: bool, **names: str) -> None:
         """Add a kernel that takes `programs` programs for each safe chunk and head; groups of them share programs."""
@@ -148,7 +149,7 @@ class Call:
         group = max(1, min(16, each * programs // (_SAFE_PROGRAMS * multiprocessors(self.device))))
         self.add(kernel, cdiv(each, group) * programs, tile, values | dict(GROUP=group), **names)
 
-    def outputs(self, keep: bool, add: bool, kernel=chunk_out_kernel) -> None:
+    def outputs(self, keep: bool, add: bool = False, kernel=chunk_out_kernel) -> None:
         tile = self.tiles.out
         programs = self.n_chunks * self.heads * (self.dim // tile.bv)
         values = dict(keep=int(keep), ADD=add, PRECISION=tiles.output_precision(self.dtype))
@@ -167,20 +168,20 @@ class Call:
         self.scratch.add("da", (self.n_chunks, self.heads, chunk, chunk), product)
         self.scratch.add("diag", (self.n_chunks, self.heads, chunk), torch.float32)
 
-    def value_gradients(self, bound: bool, add: bool, kernel=chunk_value_grad_kernel) -> None:
+    def value_gradients(self, bound: bool, add: bool = False, kernel=chunk_value_grad_kernel) -> None:
         tile = self.tiles.dv
         programs = self.n_chunks * self.heads * (self.dim // tile.bv)
         values = dict(LB_GRAD=bound, ADD=add, PRECISION=tiles.output_precision(self.dtype))
         self.add(kernel, programs, tile, values, **({} if bound else dict(dlb="none", dlb2="none")))
 
-    def gradients(self, bound: bool, add: bool, kernel=chunk_grad_kernel) -> None:
+    def gradients(self, bound: bool, add: bool = False, kernel=chunk_grad_kernel) -> None:
         """dq and df of fast chunks."""
         tile = self.tiles.grad
         values = dict(LB_GRAD=bound, ADD=add)
         programs = self.n_chunks * self.heads * (self.dim // tile.bk)
         self.add(kernel, programs, tile, values, dlb="dlb" if bound else "none")
 
-    def safe_gradients(self, bound: bool, add: bool, pair: bool = False, back: bool = False) -> None:
+    def safe_gradients(self, bound: bool, add: bool = False, pair: bool = False, back: bool = False) -> None:
         """dq and df of safe chunks; `pair`: of one of two scans."""
         tile, values = self.tiles.safe_grad, dict(LB_GRAD=bound, ADD=add, PAIR=pair)
         halves, number = self.tiles.chunk // 32, "2" if back else ""

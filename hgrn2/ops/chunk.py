@@ -75,17 +75,16 @@ def _on_its_device(run):
 
 @_on_its_device
 def forward(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, reverse, output_final_state, q_act, v_act,
-            fast_limit=None, keep=True, exact=False, o=None, add=False, buffer=None):  # fmt: skip
+            fast_limit=None, keep=True, exact=False):  # fmt: skip
     """Outputs shaped like v, the final state `[N, H, K, V]` or None, and what `backward` needs: buffer and table.
 
-    keep: a backward will follow; exact: with a gradient for the initial state. o, buffer: room for them, `add`: o holds
-    what the outputs are added to.
+    keep: a backward will follow; exact: with a gradient for the initial state.
     """
     *lines, time, heads, dim = q.shape
     batch = math.prod(lines)
-    o = v.new_empty(q.shape) if o is None else o
+    o = v.new_empty(q.shape)
     documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    options = (documents, reverse, output_final_state, q_act, v_act, fast_limit, keep, exact, add)
+    options = (documents, reverse, output_final_state, q_act, v_act, fast_limit, keep, exact)
     key = (*_signature(q, f, v, lower_bound, initial_state, lengths, o), *options)
     found = _forward_plans.get(key)
     if found is None:
@@ -98,7 +97,7 @@ def forward(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, reverse, o
         call.safe_chunks(keep)
         enter, leave = "none" if initial_state is None else "init", "final" if output_final_state else "none"
         call.states("kx", "v", "states", enter, leave, backward=False)
-        call.outputs(keep, add)
+        call.outputs(keep)
         slots = saved_slots(n_chunks, heads, dim, q.dtype, keep, exact)
         found = call.plan, slots, call.scratch, n_chunks, call.masks
         _forward_plans[key] = found
@@ -108,7 +107,7 @@ def forward(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, reverse, o
         table = chunk_table(cu_seqlens, n_chunks, tiles.tiles_for(dim, q.dtype).chunk, reverse)
     if output_final_state:
         final = _boundary(q, batch if documents is None else documents, initial_state, table is not None)
-    buffer = q.new_empty(slots.size, dtype=torch.uint8) if buffer is None else buffer
+    buffer = q.new_empty(slots.size, dtype=torch.uint8)
     tensors = dict(
         q=q, f=f, v=v, lb=lower_bound, init=initial_state, final=final, len=lengths, table=table, o=o, **masks
     )  # fmt: skip
@@ -118,14 +117,14 @@ def forward(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, reverse, o
 
 @_on_its_device
 def backward(do, d_final, q, f, v, lower_bound, lengths, buffer, table, reverse, q_act, v_act, lower_bound_grad,
-             initial_rows: int | None, grads, add=False):  # fmt: skip
+             initial_rows: int | None, grads):  # fmt: skip
     """Gradients of lower_bound and the initial state (`initial_rows`); None where not asked.
 
-    grads: dq, df and dv, of the same strides, to be written; `add`: they hold what the gradients are added to.
+    grads: dq, df and dv, of the same strides, to be written.
     """
     exact = initial_rows is not None
     dq, df, dv = grads
-    options = (table is None, reverse, q_act, v_act, lower_bound_grad, exact, add, buffer.shape)
+    options = (table is None, reverse, q_act, v_act, lower_bound_grad, exact, buffer.shape)
     key = (*_signature(q, f, v, do, lower_bound, d_final, lengths, dq), *options)
     found = _backward_plans.get(key)
     if found is None:
@@ -138,9 +137,9 @@ def backward(do, d_final, q, f, v, lower_bound, lengths, buffer, table, reverse,
         call.strides("g", dq)
         enter, leave = "none" if d_final is None else "d_final", "d_initial" if exact else "none"
         call.state_gradients(enter, leave, exact)
-        call.value_gradients(lower_bound_grad, add)
-        call.gradients(lower_bound_grad, add)
-        call.safe_gradients(lower_bound_grad, add)
+        call.value_gradients(lower_bound_grad)
+        call.gradients(lower_bound_grad)
+        call.safe_gradients(lower_bound_grad)
         if lower_bound_grad:
             call.bound_gradient()
         slots = saved_slots(n_chunks, heads, dim, q.dtype, True, exact)

@@ -28,9 +28,9 @@ def chunk_value_grad_kernel(
     g_stride_p, g_stride_t,
     T, NT, P, H, sign, has_len,
     K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr, LB_GRAD: tl.constexpr,
-    V_ACT: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    V_ACT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dv `[B, P, T, H, V]` (ADD: added to what is there) of one chunk, head and tile of BV value channels.
+    """dv `[B, P, T, H, V]` of one chunk, head and tile of BV value channels.
 
     da_ptr `[NC, H, C, C]` and diag_ptr `[NC, H, C]` take the scores' gradient below the diagonal and on it.
     dlb_ptr `[NC, H, K]` is set to 0 for the kernels that follow.
@@ -71,8 +71,6 @@ def chunk_value_grad_kernel(
     b_dv = tl.where(m_real[:, None], b_dv, 0.0)
     p_out = dv_ptr + b * g_stride_b + p * g_stride_p + t64 * g_stride_t + i_h * K
     p_out += o_t[:, None] * g_stride_t + o_v[None, :]
-    if ADD:
-        b_dv += tl.load(p_out, mask=m_in[:, None], other=0.0).to(tl.float32)
     tl.store(p_out, b_dv.to(dv_ptr.dtype.element_ty), mask=m_in[:, None])
     if i_v == 0:
         b_da = tl.zeros([C, C], dtype=tl.float32)
@@ -142,9 +140,9 @@ def chunk_grad_kernel(
     T, NT, P, H, sign, has_len,
     K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr, HAS_LB: tl.constexpr,
     LB_GRAD: tl.constexpr, Q_ACT: tl.constexpr, V_ACT: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-    ADD: tl.constexpr, STAGES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq, df `[B, P, T, H, K]` (ADD: added to what is there) of one fast chunk, head and tile of BK channels.
+    """dq, df `[B, P, T, H, K]` of one fast chunk, head and tile of BK channels.
 
     dlb_ptr `[NC, H, K]` takes the chunk's share of d lower_bound.
     """
@@ -216,16 +214,12 @@ def chunk_grad_kernel(
     if Q_ACT != 0:
         b_dq *= activate_grad_tile(tl.load(p_q, mask=m_real[:, None], other=0.0).to(tl.float32), Q_ACT)
     p_out = b * g_stride_b + p * g_stride_p + t64 * g_stride_t + i_h * K + o_t[:, None] * g_stride_t + o_k[None, :]
-    if ADD:
-        b_dq += tl.load(dq_ptr + p_out, mask=m_in[:, None], other=0.0).to(tl.float32)
     tl.store(dq_ptr + p_out, b_dq.to(dq_ptr.dtype.element_ty), mask=m_in[:, None])
     b_dg += b_cross[None, :]
     b_f = to_accumulator(b_f, eye)
     b_df, b_bound = logit_gradient(b_f, gamma, b_dg, b_dk, m_real[:, None], HAS_LB, PRECISION)
     if LB_GRAD:
         tl.store(dlb_ptr + p_ch * K + o_k, b_bound)
-    if ADD:
-        b_df += tl.load(df_ptr + p_out, mask=m_in[:, None], other=0.0).to(tl.float32)
     tl.store(df_ptr + p_out, b_df.to(df_ptr.dtype.element_ty), mask=m_in[:, None])
 
 

@@ -131,9 +131,9 @@ def chunk_out_kernel(
     v_stride_b, v_stride_p, v_stride_t, v_stride_h, o_stride_b, o_stride_p, o_stride_t,
     T, NT, P, H, sign, has_len, keep,
     K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr, V_ACT: tl.constexpr,
-    ADD: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Outputs `[B, P, T, H, V]` (ADD: added to what is there) of one chunk, head and tile of BV value channels.
+    """Outputs `[B, P, T, H, V]` of one chunk, head and tile of BV value channels.
 
     Scores a_ptr `[NC, H, C, C]`: read where safe, else written for the backward, unless keep is 0.
     """
@@ -175,6 +175,4 @@ def chunk_out_kernel(
     b_o = product(b_a, b_v, b_o, PRECISION)
     p_o = o_ptr + b * o_stride_b + p * o_stride_p + t64 * o_stride_t + i_h * K
     p_o += o_t[:, None] * o_stride_t + o_v[None, :]
-    if ADD:
-        b_o += tl.load(p_o, mask=m_in[:, None], other=0.0).to(tl.float32)
     tl.store(p_o, b_o.to(o_ptr.dtype.element_ty), mask=m_in[:, None])

@@ -27,7 +27,7 @@ PRODUCT = {"qx_ptr", "kx_ptr", "ex_ptr", "x_ptr", "states_ptr", "dstates_ptr", "
 FP32 |= {"dlb2_ptr", "shares_ptr", "sum_ptr"}
 PRODUCT |= {"qx2_ptr", "kx2_ptr", "states2_ptr", "dstates2_ptr"}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-KERNELS = 26
+KERNELS = 23
 
 
 def variants(dim: int, dtype: torch.dtype):
@@ -65,22 +65,22 @@ def variants(dim: int, dtype: torch.dtype):
             f"factor{exact:d}", chunk_factors.chunk_factor_kernel, t, () if exact else ["qf_ptr"], **sizes
         )  # fmt: skip
     yield variant("pair_factor", chunk_pair.chunk_pair_factor_kernel, t, **sizes)
+    output = dict(PRECISION=tiles.output_precision(dtype))
     for mode in (0, 2):
         absent = ["seg_ptr", "decay_ptr"] if mode == 0 else ["decay_ptr"]
         for label, backward, exact in (("", False, False), ("_grad", True, False), ("_exact", True, True)):
             if not (exact and mode):
-                constants = dict(MODE=mode, BACKWARD=backward, EXACT=exact, PRECISION=tiles.output_precision(dtype))
+                constants = dict(MODE=mode, BACKWARD=backward, EXACT=exact, **output)
                 t = tiles.exact_state(dim) if exact else cfg.state
                 yield variant(f"state{mode}{label}", chunk_fwd.chunk_state_kernel, t, absent, **constants)
     for label, back in (("", False), ("_back", True)):
-        yield variant(f"score{label}", chunk_safe.chunk_score_kernel, cfg.score, BACK=back)
-    output = dict(PRECISION=tiles.output_precision(dtype))
+        yield variant(f"score{label}", chunk_safe.chunk_score_kernel, cfg.score, BACK=back, **output)
+    yield variant("out", chunk_fwd.chunk_out_kernel, cfg.out, **output)
+    yield variant("value_grad", chunk_bwd.chunk_value_grad_kernel, cfg.dv, **output)
+    yield variant("grad", chunk_bwd.chunk_grad_kernel, cfg.grad)
     for label, add in (("", False), ("_add", True)):
-        yield variant(f"out{label}", chunk_fwd.chunk_out_kernel, cfg.out, ADD=add, **output)
-        yield variant(f"value_grad{label}", chunk_bwd.chunk_value_grad_kernel, cfg.dv, ADD=add, **output)
         yield variant(f"pair_out{label}", chunk_pair.chunk_pair_out_kernel, both.out, ADD=add, **output)
         yield variant(f"pair_value_grad{label}", chunk_pair.chunk_pair_value_grad_kernel, both.dv, ADD=add, **output)
-        yield variant(f"grad{label}", chunk_bwd.chunk_grad_kernel, cfg.grad, ADD=add)
         yield variant(f"pair_grad{label}", chunk_pair_grad.chunk_pair_grad_kernel, both.grad, ADD=add)
     yield variant("row_sum", chunk_bwd.row_sum_kernel, tiles.Kernel(16, 64, 4), BM=16, BN=64)
     for label, add, pair in (("", False, False), ("_ahead", False, True), ("_back", True, True)):
