@@ -89,13 +89,13 @@ def ceilings() -> dict:
     return {"copy TB/s": copy, "bf16 TFLOP/s": 2 * 8192**3 / milliseconds(lambda: m @ m, 10) / 1e9}
 
 
-def limit_tuning(milliseconds: float | None) -> None:
+def limit_tuning(limit_ms: float | None) -> None:
     """Give Triton's autotuner, which fla uses, that time for each candidate in place of its own 125 ms."""
-    if milliseconds is None:
+    if limit_ms is None:
         return
     from triton.runtime.autotuner import Autotuner
 
-    bench = functools.partial(triton.testing.do_bench, warmup=3, rep=milliseconds)
+    bench = functools.partial(triton.testing.do_bench, warmup=3, rep=limit_ms)
     Autotuner.do_bench = property(lambda self: bench, lambda self, value: None)
 
 

@@ -46,10 +46,14 @@ def saved_slots(n_chunks: int, heads: int, dim: int, dtype: torch.dtype, keep: b
 
 
 def pair_slots(n_chunks: int, heads: int, dim: int, dtype: torch.dtype, keep: bool) -> Slots:
-    """As `saved_slots`, of both directions; names that end in 2 are of the scan back (see `chunk_pair`)."""
+    """As `saved_slots`, of both directions; names that end in 2 are of the scan back (see `chunk_pair`).
+
+    ex2 is for safe chunks of two halves alone: elsewhere it holds anything.
+    """
     slots, chunk, product = Slots(), tiles.tiles_for(dim, dtype).chunk, tiles.product_dtype(dtype)
     factors = ("qx", "kx", "qx2", "kx2")
-    for name in (*factors, "ex", "ex2") if keep else factors:
+    kept = ("ex", "ex2") if chunk > 32 else ("ex",)
+    for name in (*factors, *kept) if keep else factors:
         slots.add(name, (n_chunks, heads, chunk, dim), product)
     for name in ("states", "states2"):
         slots.add(name, (n_chunks, heads, dim, dim), product)
@@ -89,6 +93,9 @@ class Call:
 
     def strides(self, name: str, x: Tensor) -> None:
         b, *p, t, h, _ = x.stride()
+        if t * self.tiles.chunk >= 2**31:  # offsets inside a chunk have 32 bits
+            most = 2**31 // self.tiles.chunk - 1
+            raise ValueError(f"the tokens of {name} lie {t} values apart, the Triton scan takes at most {most}")
         self.values |= {f"{name}_stride_{axis}": s for axis, s in zip("bpth", (b, *(p or (0,)), t, h), strict=True)}
 
     def add(self, kernel, programs: int, tile: tiles.Kernel, values: dict | None = None, **names: str) -> None:
@@ -138,9 +145,13 @@ class Call:
 
     def safe_chunks(self, keep: bool, back: bool = False) -> None:
         number = "2" if back else ""
-        names = dict(mask="mask32", kx="kx" + number, x="ex" + number if keep else "qx")
+        names = dict(mask="mask32", kx="kx" + number, x=self.halves("ex" + number) if keep else "qx")
         values = dict(keep=int(keep), PRECISION=tiles.output_precision(self.dtype))
         self.add_safe(chunk_score_kernel, 1, self.tiles.score, values, back, **names)
+
+    def halves(self, name: str) -> str:
+        """What only chunks of two halves have, else what is there in any case."""
+        return name if self.tiles.chunk > 32 else "qx"
 
     def add_safe(self, kernel, programs: int, tile: tiles.Kernel, values: dict, back: bool, **names: str) -> None:
         """Add a kernel that takes `programs` programs for each safe chunk and head; groups of them share programs."""
@@ -186,7 +197,7 @@ class Call:
         tile, values = self.tiles.safe_grad, dict(LB_GRAD=bound, ADD=add, PAIR=pair)
         halves, number = self.tiles.chunk // 32, "2" if back else ""
         names = {name: name + number for name in ("qx", "kx", "states", "dstates")}
-        names |= dict(dlb="dlb" + number if bound else "none", mask="mask32", x="ex" + number)
+        names |= dict(dlb="dlb" + number if bound else "none", mask="mask32", x=self.halves("ex" + number))
         self.add_safe(chunk_safe_grad_kernel, halves * (self.dim // tile.bk), tile, values, back, **names)
 
     def bound_gradient(self, scans: int = 1) -> None:

@@ -6,8 +6,8 @@ Time is cut into chunks of C tokens. Within one, with g = log2 lam, let `G_i` be
 to token i, `R_j` the sum after token j to the chunk's end, and total = G_j + R_j. The score of tokens i >= j is
 `A_ij = sum_d q_id k_jd 2^(G_id - G_jd)`. Per chunk and head the data choose one of two ways to form it:
 
-- fast: every channel's total is above -`FAST_LIMIT` (log2). Then the factors `qx = q 2^G` and `kx = k 2^-G` are finite,
-  and their one product gives all scores.
+- fast: every channel's total is above -`FAST_LIMIT` (log2; two scans at once: -`FAST_LIMIT_PAIR`). Then the factors `qx
+  = q 2^G` and `kx = k 2^-G` are finite, and their one product gives all scores.
 - safe: pairs are grouped by halving. At level s, blocks of 2s tokens split in halves; i in the second half and j in the
   first meet at the boundary b, `2^(G_i - G_b) 2^(G_b - G_j)`, where both exponents are sums of g, never positive:
   nothing can overflow, and what underflows is negligible. Each token needs one factor a level, of q or of k. kx is
@@ -31,7 +31,7 @@ from hgrn2.ops.gates import _INTERPRET, exact_exp2, fast_exp2, round_tf32
 # the factors then stay inside the range of fp32 and bf16, with room for q; fp32 inputs keep more digits of the exponent
 FAST_LIMIT = 110.0
 FAST_LIMIT_FP32 = 12.0
-# of two scans at once one has its large factors beside q (see `chunk_pair`), which do multiplies in the backward
+# of two scans at once the one back has its large factors in q 2^-E (see `chunk_pair`), and q has no bound as k has
 FAST_LIMIT_PAIR = 100.0
 # half a block of 16 tokens then sums to at most 110 either way
 BLOCK_LIMIT = tl.constexpr(13.75)

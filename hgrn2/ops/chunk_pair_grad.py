@@ -28,7 +28,7 @@ def _one(b_qt, b_kt, b_da, b_dq, b_dk, b_diag, eye, C: tl.constexpr, BK: tl.cons
 
 @triton.jit
 def _sum(mask, x, acc, SPLIT: tl.constexpr):
-    """`masked_sum`; of two parts as a loop, for what the kernel says of loops."""
+    """`masked_sum`; of two parts as a loop, for what the kernel says of loops, the last part cut off, too."""
     if SPLIT != 2:
         return masked_sum(mask, x, acc, SPLIT)
     for _ in tl.range(0, SPLIT, num_stages=1):

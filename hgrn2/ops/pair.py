@@ -71,8 +71,8 @@ def backward(do, q, f, v, lower_bound, lengths, buffer, table, q_act, v_act, bou
         if bound:
             call.bound_gradient(2)
         slots = pair_slots(n_chunks, heads, dim, q.dtype, True)
-        found = _backward_plans[key] = call.plan, slots, call.scratch, n_chunks, call.masks
-    plan, slots, scratch, n_chunks, masks = found
+        found = _backward_plans[key] = call.plan, slots, call.scratch, call.masks
+    plan, slots, scratch, masks = found
     d_bound = q.new_empty(q.shape[-2:], dtype=torch.float32) if bound else None
     tensors = dict(
         q=q, f=f, v=v, do=do, lb=lower_bound, len=lengths, table=table, dq=dq, df=df, dv=dv, d_bound=d_bound, **masks

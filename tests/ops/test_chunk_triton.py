@@ -24,7 +24,7 @@ else:
 
     from hgrn2.config import HGRN2Config
     from hgrn2.mixer import HGRN2Mixer
-    from hgrn2.ops import call, chunk, hgrn2_scan, tiles
+    from hgrn2.ops import call, chunk, hgrn2_scan, pair, tiles
     from hgrn2.ops.library import triton_scan
     from hgrn2.ops.reference import recurrent_scan
 
@@ -37,8 +37,9 @@ else:
         def set_it():
             monkeypatch.setattr(call, "_MIN_SPLIT", 4)
             monkeypatch.setattr(call, "multiprocessors", lambda _: 64)
-            monkeypatch.setattr(chunk, "_forward_plans", {})
-            monkeypatch.setattr(chunk, "_backward_plans", {})
+            for module in (chunk, pair):
+                monkeypatch.setattr(module, "_forward_plans", {})
+                monkeypatch.setattr(module, "_backward_plans", {})
 
         return set_it
 

@@ -3,6 +3,8 @@
 The interpreter has to be chosen before Triton is imported, so these tests run in a process of their own.
 """
 
+import dataclasses
+import functools
 import os
 
 import pytest
@@ -19,7 +21,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 else:
     from hgrn2.config import HGRN2Config
     from hgrn2.mixer import HGRN2Mixer
-    from hgrn2.ops import grid_scan, hgrn2_scan, hgrn2_scan_2d
+    from hgrn2.ops import call, grid_scan, hgrn2_scan, hgrn2_scan_2d, pair, tiles
     from hgrn2.ops.directions import DIRECTIONS
     from hgrn2.ops.launch import Plan
     from hgrn2.ops.library import triton_scan
@@ -62,6 +64,32 @@ else:
         given = dict(lengths=torch.tensor([20, 37]), cu_seqlens=torch.tensor([0, 20, 20, 37], dtype=torch.int32))
         check(hgrn2_scan, (2 if name == "lengths" else 1, 37, 1), direction="both", **{name: given[name]})
 
+    @pytest.mark.parametrize(("mean", "limit", "sub"), [(0.0, -1.0, 0), (-1.5, None, 0), (0.0, -1.0, 4), (3.0, 1e9, 0)])
+    @pytest.mark.parametrize("documents", [False, True])
+    def test_both_directions_of_chunks_of_two_halves(mean, limit, sub, documents, monkeypatch):
+        """Chunks of 64 tokens, as bf16 has them, partly filled; documents are split into segments of one chunk."""
+        monkeypatch.setattr(tiles, "arithmetic", lambda _: ("ieee", 0, sub))
+        monkeypatch.setitem(tiles._FP32, 16, dataclasses.replace(tiles._FP32[16], chunk=64))
+        monkeypatch.setattr(pair, "_forward_plans", {})
+        monkeypatch.setattr(pair, "_backward_plans", {})
+        monkeypatch.setattr(call, "_MIN_SPLIT", 2)
+        monkeypatch.setattr(call, "multiprocessors", lambda _: 64)
+        packed, gamma = leaves(1, 140, 1)
+        d_out = torch.randn(1, 140, 1, 16)
+        bounds = torch.tensor([0, 70, 70, 140], dtype=torch.int32) if documents else None
+        options = dict(direction="both", cu_seqlens=bounds, **ACTS)
+        found = []
+        for scan, dtype in (
+            (functools.partial(triton_scan, fast_limit=limit), torch.float32),
+            (functools.partial(hgrn2_scan, impl="reference"), torch.float64),
+        ):
+            whole, bound = (x.detach().to(dtype).requires_grad_() for x in (packed, gamma))
+            v, q, f = whole.unbind(-3)
+            o = scan(q, f + mean, v, bound, **options)[0]
+            found.append([o, *torch.autograd.grad(o, [whole, bound], d_out.to(dtype))])
+        for got, want in zip(*found, strict=True):
+            assert (got - want).norm() <= (2e-4 if sub else 3e-6) * want.norm()
+
     @pytest.mark.parametrize("strided", [False, True])
     def test_grids_are_read_and_written_in_place(strided, monkeypatch):
         """The kernels get the caller's memory, and one tensor for each result whatever the number of scans."""
@@ -100,7 +128,8 @@ else:
         o = hgrn2_scan_2d(q, f, v, gamma, impl="triton")
         assert all(x.isfinite().all() for x in (o, *torch.autograd.grad(o.sum(), [packed, gamma])))
 
-    @pytest.mark.usefixtures("poisoned_empty")  # what is saved holds places that nothing writes: equal ones, so
+    # what is saved has places that nothing writes: the fixture makes them equal in every run
+    @pytest.mark.usefixtures("poisoned_empty")
     @pytest.mark.parametrize("direction", ["both", "2d", "columns"])
     def test_registration(direction):
         shape = (1, 20, 1, 16) if direction == "both" else (1, 2, 3, 1, 16)
