@@ -5,6 +5,7 @@ import math
 
 import torch
 from torch import Tensor
+from triton import cdiv
 
 from hgrn2.ops import tiles
 from hgrn2.ops.chunk_bwd import chunk_grad_kernel, chunk_value_grad_kernel, row_sum_kernel
@@ -27,39 +28,27 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
+def saved_slots(
+    n_chunks: int, heads: int, dim: int, dtype: torch.dtype, keep: bool, exact: bool, pair: bool = False
+) -> Slots:
+    """What the forward leaves in one buffer: for the backward if `keep`, for an initial state's gradient if `exact`.
 
-
-def saved_slots(n_chunks: int, heads: int, dim: int, dtype: torch.dtype, keep: bool, exact: bool) -> Slots:
-    """What the forward leaves in one buffer: for the backward if `keep`, for an initial state's gradient if `exact`."""
+    pair: of both directions; names that end in 2 are of the scan back (see `chunk_pair`). ex2 is for safe chunks of two
+    halves alone: elsewhere it holds anything.
+    """
     slots, chunk, product = Slots(), tiles.tiles_for(dim, dtype).chunk, tiles.product_dtype(dtype)
-    for name in ("qx", "kx", "ex") if keep else ("qx", "kx"):
+    factors = ["qx", "kx", *(["qx2", "kx2"] if pair else [])]
+    if keep:
+        factors += ["ex", *(["ex2"] if pair and chunk > 32 else [])]
+    for name in factors:
         slots.add(name, (n_chunks, heads, chunk, dim), product)
-    slots.add("states", (n_chunks, heads, dim, dim), product)
+    for name in ("states", "states2") if pair else ("states",):
+        slots.add(name, (n_chunks, heads, dim, dim), product)
     slots.add("a", (n_chunks, heads, chunk, chunk), product)
     slots.add("total", (n_chunks, heads, dim), torch.float32)
     if exact:
         slots.add("qf", (n_chunks, heads, chunk, dim), torch.float32)
     slots.add("safe", (n_chunks, heads), torch.int32)  # last: no gaps, which would hold anything
-    return slots
-
-
-def pair_slots(n_chunks: int, heads: int, dim: int, dtype: torch.dtype, keep: bool) -> Slots:
-    """As `saved_slots`, of both directions; names that end in 2 are of the scan back (see `chunk_pair`).
-
-    ex2 is for safe chunks of two halves alone: elsewhere it holds anything.
-    """
-    slots, chunk, product = Slots(), tiles.tiles_for(dim, dtype).chunk, tiles.product_dtype(dtype)
-    factors = ("qx", "kx", "qx2", "kx2")
-    kept = ("ex", "ex2") if chunk > 32 else ("ex",)
-    for name in (*factors, *kept) if keep else factors:
-        slots.add(name, (n_chunks, heads, chunk, dim), product)
-    for name in ("states", "states2"):
-        slots.add(name, (n_chunks, heads, dim, dim), product)
-    slots.add("a", (n_chunks, heads, chunk, chunk), product)
-    slots.add("total", (n_chunks, heads, dim), torch.float32)
-    slots.add("safe", (n_chunks, heads), torch.int32)
     return slots
 
 
@@ -69,9 +58,7 @@ class Call:
     Methods that take `back` do their work for one scan of two at once: if it is set, for the scan back.
     """
 
-    def __init__(
-        self, q, f, v, lower_bound, lengths, others, n_chunks, packed_documents, reverse, q_act, v_act
-    ):  # fmt: skip
+    def __init__(self, q, f, v, lower_bound, lengths, others, n_chunks, packed_documents, reverse, q_act, v_act):
         *lines, self.time, self.heads, self.dim = q.shape
         self.batch = math.prod(lines)
         self.device, self.dtype, self.tiles = q.device, q.dtype, tiles.tiles_for(self.dim, q.dtype)
@@ -93,8 +80,9 @@ class Call:
 
     def strides(self, name: str, x: Tensor) -> None:
         b, *p, t, h, _ = x.stride()
-        if t * self.tiles.chunk >= 2**31:  # offsets inside a chunk have 32 bits
-            most = 2**31 // self.tiles.chunk - 1
+        steps = min(self.tiles.chunk, self.time) - 1
+        if t * steps >= 2**31:  # offsets inside a chunk have 32 bits
+            most = (2**31 - 1) // steps
             raise ValueError(f"the tokens of {name} lie {t} values apart, the Triton scan takes at most {most}")
         self.values |= {f"{name}_stride_{axis}": s for axis, s in zip("bpth", (b, *(p or (0,)), t, h), strict=True)}
 

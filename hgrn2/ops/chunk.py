@@ -8,9 +8,10 @@ import math
 
 import torch
 from torch import Tensor
+from triton import cdiv
 
 from hgrn2.ops import tiles
-from hgrn2.ops.call import Call, cdiv, saved_slots
+from hgrn2.ops.call import Call, saved_slots
 from hgrn2.ops.launch import Plans, Slots, on_device
 
 _forward_plans, _backward_plans = Plans(), Plans()
@@ -143,9 +144,9 @@ def backward(do, d_final, q, f, v, lower_bound, lengths, buffer, table, reverse,
         if lower_bound_grad:
             call.bound_gradient()
         slots = saved_slots(n_chunks, heads, dim, q.dtype, True, exact)
-        found = call.plan, slots, call.scratch, n_chunks, call.masks
+        found = call.plan, slots, call.scratch, call.masks
         _backward_plans[key] = found
-    plan, slots, scratch, n_chunks, masks = found
+    plan, slots, scratch, masks = found
     heads, dim = q.shape[-2:]
     d_initial = d_bound = None
     if exact:

@@ -21,6 +21,29 @@ from hgrn2.ops.chunk_common import finite, load_mask, locate, masked_sum, produc
 from hgrn2.ops.gates import activate_grad_tile, activate_tile, exact_reciprocal, fast_reciprocal, gate_tile
 
 
+@triton.jit
+def score_gradient(
+    p_do, p_v, m_real, C: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, V_ACT: tl.constexpr, PRECISION: tl.constexpr
+):
+    """do v^T `[C, C]`, and its diagonal `[C]`."""
+    EXACT: tl.constexpr = PRECISION == "tf32x3" or PRECISION == "ieee"
+    o_c = tl.arange(0, C)
+    b_da = tl.zeros([C, C], dtype=tl.float32)
+    b_diag = tl.zeros([C], dtype=tl.float32)
+    for v0 in range(0, K, BV):
+        o_w = v0 + tl.arange(0, BV)[None, :]
+        b_y = tl.load(p_do + o_w, mask=m_real[:, None], other=0.0)
+        b_w = tl.load(p_v + o_w, mask=m_real[:, None], other=0.0)
+        if V_ACT != 0:
+            b_w = tl.where(m_real[:, None], activate_tile(b_w.to(tl.float32), V_ACT), 0.0)
+        b_da = product(b_y, tl.trans(b_w), b_da, PRECISION)
+        if EXACT:  # a sum rounds less than a product does
+            b_diag += tl.sum(b_y * b_w, axis=1)
+    if not EXACT:
+        b_diag = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_da, 0.0), axis=1)
+    return b_da, b_diag
+
+
 @triton.jit(do_not_specialize=["T", "NT", "P", "H", "sign", "has_len"])
 def chunk_value_grad_kernel(
     kx_ptr, v_ptr, do_ptr, a_ptr, dstates_ptr, dv_ptr, da_ptr, diag_ptr, dlb_ptr, table_ptr, len_ptr,
@@ -35,7 +58,6 @@ def chunk_value_grad_kernel(
     da_ptr `[NC, H, C, C]` and diag_ptr `[NC, H, C]` take the scores' gradient below the diagonal and on it.
     dlb_ptr `[NC, H, K]` is set to 0 for the kernels that follow.
     """
-    EXACT: tl.constexpr = PRECISION == "tf32x3" or PRECISION == "ieee"
     pid = tl.program_id(0)
     i_v = pid % (K // BV)
     i_h = ((pid // (K // BV)) % H).to(tl.int64)
@@ -73,19 +95,7 @@ def chunk_value_grad_kernel(
     p_out += o_t[:, None] * g_stride_t + o_v[None, :]
     tl.store(p_out, b_dv.to(dv_ptr.dtype.element_ty), mask=m_in[:, None])
     if i_v == 0:
-        b_da = tl.zeros([C, C], dtype=tl.float32)
-        b_diag = tl.zeros([C], dtype=tl.float32)
-        for v0 in range(0, K, BV):
-            o_w = v0 + tl.arange(0, BV)[None, :]
-            b_y = tl.load(p_do + o_w, mask=m_real[:, None], other=0.0)
-            b_w = tl.load(p_v + o_w, mask=m_real[:, None], other=0.0)
-            if V_ACT != 0:
-                b_w = tl.where(m_real[:, None], activate_tile(b_w.to(tl.float32), V_ACT), 0.0)
-            b_da = product(b_y, tl.trans(b_w), b_da, PRECISION)
-            if EXACT:  # a sum rounds less than a product does
-                b_diag += tl.sum(b_y * b_w, axis=1)
-        if not EXACT:
-            b_diag = tl.sum(tl.where(i == j, b_da, 0.0), axis=1)
+        b_da, b_diag = score_gradient(p_do, p_v, m_real, C, K, BV, V_ACT, PRECISION)
         tl.store(da_ptr + p_ch * C * C + i * C + j, tl.where(i > j, b_da, 0.0).to(da_ptr.dtype.element_ty))
         tl.store(diag_ptr + p_ch * C + o_c, b_diag)
 

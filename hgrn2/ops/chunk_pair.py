@@ -18,6 +18,7 @@ Shapes as in `chunk_common`.
 import triton
 import triton.language as tl
 
+from hgrn2.ops.chunk_bwd import score_gradient
 from hgrn2.ops.chunk_common import decay, locate, product, rounded, row_masks
 from hgrn2.ops.gates import activate_grad_tile, activate_tile, gate_tile
 
@@ -161,7 +162,6 @@ def chunk_pair_value_grad_kernel(
     V_ACT: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """As `chunk_value_grad_kernel`, of both scans; da_ptr takes the gradient of all scores."""
-    EXACT: tl.constexpr = PRECISION == "tf32x3" or PRECISION == "ieee"
     pid = tl.program_id(0)
     i_v = pid % (K // BV)
     i_h = ((pid // (K // BV)) % H).to(tl.int64)
@@ -204,18 +204,6 @@ def chunk_pair_value_grad_kernel(
         b_dv += tl.load(p_out, mask=m_in[:, None], other=0.0).to(tl.float32)
     tl.store(p_out, b_dv.to(dv_ptr.dtype.element_ty), mask=m_in[:, None])
     if i_v == 0:
-        b_da = tl.zeros([C, C], dtype=tl.float32)
-        b_diag = tl.zeros([C], dtype=tl.float32)
-        for v0 in range(0, K, BV):
-            o_w = v0 + tl.arange(0, BV)[None, :]
-            b_y = tl.load(p_do + o_w, mask=m_real[:, None], other=0.0)
-            b_w = tl.load(p_v + o_w, mask=m_real[:, None], other=0.0)
-            if V_ACT != 0:
-                b_w = tl.where(m_real[:, None], activate_tile(b_w.to(tl.float32), V_ACT), 0.0)
-            b_da = product(b_y, tl.trans(b_w), b_da, PRECISION)
-            if EXACT:  # a sum rounds less than a product does
-                b_diag += tl.sum(b_y * b_w, axis=1)
-        if not EXACT:
-            b_diag = tl.sum(tl.where(i == j, b_da, 0.0), axis=1)
+        b_da, b_diag = score_gradient(p_do, p_v, m_real, C, K, BV, V_ACT, PRECISION)
         tl.store(da_ptr + p_a, b_da.to(da_ptr.dtype.element_ty))
         tl.store(diag_ptr + p_ch * C + o_c, b_diag)

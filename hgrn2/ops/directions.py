@@ -31,7 +31,7 @@ def _lines(columns: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
 def layout(shape, dtype, direction: str, packed: int | None, keep: bool, exact: bool) -> tuple[list, list]:
     """Chunks of each of the `SCANS` (`packed` where documents make them), and where its buffer begins in that of the
     call; the latter list ends with the size of the whole."""
-    from hgrn2.ops.call import pair_slots, saved_slots  # needs Triton
+    from hgrn2.ops.call import saved_slots  # needs Triton
     from hgrn2.ops.chunk import count_chunks
 
     *sizes, heads, dim = shape
@@ -40,8 +40,7 @@ def layout(shape, dtype, direction: str, packed: int | None, keep: bool, exact: 
         time = sizes[1] if columns else sizes[-1]
         rest = sizes[:1] + (sizes[2:] if columns else sizes[1:-1])
         chunks.append(count_chunks(math.prod(rest), time, dim, dtype, None) if packed is None else packed)
-        this = (chunks[-1], heads, dim, dtype, keep)
-        slots = pair_slots(*this) if way == "both" else saved_slots(*this, exact)
+        slots = saved_slots(chunks[-1], heads, dim, dtype, keep, exact and way != "both", way == "both")
         # without a backward they take turns in one place
         begins.append((end + 15) // 16 * 16 if keep else 0)
         end = max(end, begins[-1] + slots.size)

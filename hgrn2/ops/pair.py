@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hgrn2.ops import tiles
-from hgrn2.ops.call import Call, pair_slots
+from hgrn2.ops.call import Call, saved_slots
 from hgrn2.ops.chunk import _on_its_device, _scratch, _signature, chunk_table, count_chunks
 from hgrn2.ops.chunk_common import FAST_LIMIT_FP32, FAST_LIMIT_PAIR
 from hgrn2.ops.chunk_pair import chunk_pair_factor_kernel, chunk_pair_out_kernel, chunk_pair_value_grad_kernel
@@ -36,7 +36,7 @@ def forward(q, f, v, lower_bound, lengths, cu_seqlens, q_act, v_act, fast_limit,
         call.states("kx", "v", "states", "none", "none", backward=False)
         call.states("kx2", "v", "states2", "none", "none", backward=True)
         call.outputs(keep, add, chunk_pair_out_kernel)
-        slots = pair_slots(n_chunks, heads, dim, q.dtype, keep)
+        slots = saved_slots(n_chunks, heads, dim, q.dtype, keep, False, pair=True)
         found = _forward_plans[key] = call.plan, slots, call.scratch, n_chunks, call.masks
     plan, slots, scratch, n_chunks, masks = found
     table = None
@@ -70,7 +70,7 @@ def backward(do, q, f, v, lower_bound, lengths, buffer, table, q_act, v_act, bou
         call.safe_gradients(bound, True, pair=True, back=True)
         if bound:
             call.bound_gradient(2)
-        slots = pair_slots(n_chunks, heads, dim, q.dtype, True)
+        slots = saved_slots(n_chunks, heads, dim, q.dtype, True, False, pair=True)
         found = _backward_plans[key] = call.plan, slots, call.scratch, call.masks
     plan, slots, scratch, masks = found
     d_bound = q.new_empty(q.shape[-2:], dtype=torch.float32) if bound else None

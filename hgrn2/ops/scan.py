@@ -9,9 +9,10 @@ import functools
 
 import torch
 from torch import Tensor
+from triton import cdiv
 
 from hgrn2.ops import tiles
-from hgrn2.ops.call import cdiv, multiprocessors
+from hgrn2.ops.call import multiprocessors
 from hgrn2.ops.chunk import _on_its_device, _scratch, _signature, chunk_table
 from hgrn2.ops.directions import gradients
 from hgrn2.ops.gates import activation_code

@@ -5,6 +5,7 @@ The interpreter has to be chosen before Triton is imported, so these tests run i
 
 import dataclasses
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +120,17 @@ else:
         got = run(triton_scan, inputs, d_out, d_final, torch.float32, fast_limit=-1.0, **options)
         for name, want in truth.items():
             assert (got[name] - want).norm() <= 2e-4 * want.norm(), name
+
+    @pytest.mark.parametrize("time", [1, 64])
+    def test_tokens_too_far_apart(time):
+        q = torch.empty_strided((1, time, 2, 16), (0, 2**27, 16, 1), device="meta")
+        about = SimpleNamespace(tiles=tiles.tiles_for(16, torch.float32), time=time, values={})
+        if time == 1:
+            call.Call.strides(about, "q", q)
+            assert about.values["q_stride_t"] == 2**27
+        else:
+            with pytest.raises(ValueError, match=r"tokens of q lie 134217728 values apart.*at most 69273666"):
+                call.Call.strides(about, "q", q)
 
     @pytest.mark.parametrize(("mean", "safe"), [(-8.0, 1), (8.0, 0)])
     def test_which_scores_run(mean, safe):
