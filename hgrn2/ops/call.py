@@ -134,8 +134,7 @@ class Call:
     def safe_chunks(self, keep: bool, back: bool = False) -> None:
         number = "2" if back else ""
         names = dict(mask="mask32", kx="kx" + number, x=self.halves("ex" + number) if keep else "qx")
-        values = dict(keep=int(keep), PRECISION=tiles.output_precision(self.dtype))
-        self.add_safe(chunk_score_kernel, 1, self.tiles.score, values, back, **names)
+        self.add_safe(chunk_score_kernel, 1, self.tiles.score, dict(keep=int(keep)), back, **names)
 
     def halves(self, name: str) -> str:
         """What only chunks of two halves have, else what is there in any case."""

@@ -83,13 +83,17 @@ def backwards(o_r, rows, C: tl.constexpr):
 
 @triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr):
-    """a @ b + acc in fp32: operands in bf16 ("bf16"), rounded to tf32 ("tf32"), or fp32 in tf32 parts or exactly."""
+    """a @ b + acc in fp32: operands in bf16 ("bf16"), rounded to tf32 ("tf32"), or fp32 in tf32 parts or exactly.
+
+    Of fp32 operands the product is summed on its own first: fewer terms round off the whole sum.
+    """
     if PRECISION == "bf16":
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
     elif PRECISION == "tf32":
         return tl.dot(round_tf32(a.to(tl.float32)), round_tf32(b.to(tl.float32)), acc, input_precision="tf32")
     else:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
+        # settled, or the compiler would sum into acc
+        return acc + settle(tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION))
 
 
 @triton.jit

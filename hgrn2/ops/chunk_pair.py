@@ -143,6 +143,10 @@ def chunk_pair_out_kernel(
     b_v = tl.load(p_v + o_v[None, :], mask=m_real[:, None], other=0.0)
     if V_ACT != 0:
         b_v = tl.where(m_real[:, None], activate_tile(b_v.to(tl.float32), V_ACT), 0.0)
+    if PRECISION == "ieee":
+        # apart: the terms of later tokens, ever smaller, would each round off the sum of all before
+        b_o = product(tl.where(i >= j, b_a, 0.0), b_v, b_o, PRECISION)
+        b_a = tl.where(i < j, b_a, 0.0)
     b_o = product(b_a, b_v, b_o, PRECISION)
     p_o = o_ptr + b * o_stride_b + p * o_stride_p + t64 * o_stride_t + i_h * K
     p_o += o_t[:, None] * o_stride_t + o_v[None, :]

@@ -103,7 +103,7 @@ def pair(tiles: Tiles) -> Tiles:
 
 
 def output_precision(dtype: torch.dtype) -> str:
-    """PRECISION of the products that form states, scores, the gradients of both, o and dv.
+    """PRECISION of the products that form states and their gradients, o, dv, and the gradient of the scores.
 
     Of values of one sign, tf32 parts would lose fp32's last digits.
     """

@@ -74,7 +74,7 @@ def variants(dim: int, dtype: torch.dtype):
                 t = tiles.exact_state(dim) if exact else cfg.state
                 yield variant(f"state{mode}{label}", chunk_fwd.chunk_state_kernel, t, absent, **constants)
     for label, back in (("", False), ("_back", True)):
-        yield variant(f"score{label}", chunk_safe.chunk_score_kernel, cfg.score, BACK=back, **output)
+        yield variant(f"score{label}", chunk_safe.chunk_score_kernel, cfg.score, BACK=back)
     yield variant("out", chunk_fwd.chunk_out_kernel, cfg.out, **output)
     yield variant("value_grad", chunk_bwd.chunk_value_grad_kernel, cfg.dv, **output)
     yield variant("grad", chunk_bwd.chunk_grad_kernel, cfg.grad)

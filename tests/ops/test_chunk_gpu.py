@@ -33,7 +33,15 @@ def triton_scan(*args, fast_limit=None, **options):
 @pytest.mark.parametrize("dim", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize(
     ("mean", "limit", "acts"),
-    [(0, None, {}), (3, None, {}), (-4, None, {}), (-8, None, {}), (0, -1.0, {}), (0, None, ACTIVATED)],
+    [
+        (0, None, {}),
+        (3, None, {}),
+        (-4, None, {}),
+        (-8, None, {}),
+        (0, -1.0, {}),
+        (0, None, ACTIVATED),
+        (3, None, ACTIVATED),
+    ],
 )
 def test_error_against_plain_torch(dtype, dim, mean, limit, acts):
     inputs = draw(batch=2, heads=max(2, 128 // dim), dim=dim, dtype=dtype, mean=mean)
@@ -48,7 +56,8 @@ def test_error_against_plain_torch(dtype, dim, mean, limit, acts):
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 @pytest.mark.parametrize("dim", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize(
-    ("mean", "limit", "acts"), [(0, None, {}), (-2, None, {}), (-8, None, {}), (0, -1.0, {}), (0, None, ACTIVATED)]
+    ("mean", "limit", "acts"),
+    [(0, None, {}), (-2, None, {}), (-8, None, {}), (0, -1.0, {}), (0, None, ACTIVATED), (3, None, ACTIVATED)],
 )
 def test_error_of_both_directions_against_plain_torch(dtype, dim, mean, limit, acts):
     inputs = draw(batch=2, heads=max(2, 128 // dim), dim=dim, dtype=dtype, mean=mean)
