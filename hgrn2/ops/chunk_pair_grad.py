@@ -134,11 +134,11 @@ def chunk_pair_grad_kernel(
     b_dg = _sum(earlier, b_earlier, b_dg, SPLIT)
     b_f = to_accumulator(b_f, eye)
     _sigma, _minus, _k, lam, _g = gate_tile(b_f, gamma, HAS_LB, EXACT)
-    # 2^G, and 2^E
+    # 2^G, and 2^-G; 2^E is 2^G / lam
     b_e = to_accumulator(b_et, eye)
-    b_before = b_e * _inverse(lam, EXACT)
-    b_dq = b_dq * b_e + b_dq2 * _inverse(b_before, EXACT)
-    b_dk = b_dk * _inverse(b_e, EXACT) + b_dk2 * b_before
+    b_inverse = _inverse(b_e, EXACT)
+    b_dq = b_dq * b_e + b_dq2 * (b_inverse * lam)
+    b_dk = b_dk * b_inverse + b_dk2 * (b_e * _inverse(lam, EXACT))
     if Q_ACT != 0:
         b_dq *= activate_grad_tile(tl.load(p_q, mask=m_real, other=0.0).to(tl.float32), Q_ACT)
     p_out = b * g_stride_b + p * g_stride_p + t64 * g_stride_t + i_h * K + o_t[:, None] * g_stride_t + o_k[None, :]

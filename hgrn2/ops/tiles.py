@@ -97,9 +97,7 @@ def pair(tiles: Tiles) -> Tiles:
         warps = 2 * tiles.grad.warps if tiles.grad.warps < 4 else 4
         return dataclasses.replace(tiles, grad=dataclasses.replace(tiles.grad, warps=warps))
     out, dv, grad = (dataclasses.replace(x, bv=min(64, x.bv)) for x in (tiles.out, tiles.dv, tiles.grad))
-    return dataclasses.replace(
-        tiles, out=out, dv=dataclasses.replace(dv, stages=1), grad=dataclasses.replace(grad, warps=8)
-    )  # fmt: skip
+    return dataclasses.replace(tiles, out=out, dv=dv, grad=dataclasses.replace(grad, warps=8))
 
 
 def output_precision(dtype: torch.dtype) -> str:
