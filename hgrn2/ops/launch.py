@@ -14,6 +14,8 @@ from hgrn2.ops import tiles
 _compiled = {}
 # plans are small, but every new length makes some
 _MOST_PLANS = 512
+# a * b + c in one instruction: Triton's default up to 3.9, which warns that it will not stay
+FUSED = {"enable_fp_fusion": True}
 
 
 def kinds(tensors: tuple[Tensor | None, ...]) -> tuple:
@@ -114,7 +116,7 @@ class Plan:
 
     def _compile(self, tensors: dict[str, Tensor | None]) -> None:
         for kernel, programs, options, pointers, rest in self.steps:
-            found = kernel[(programs,)](*(tensors[name] for name in pointers), *rest, **options)
+            found = kernel[(programs,)](*(tensors[name] for name in pointers), *rest, **options, **FUSED)
             if not tiles.INTERPRET:
                 _compiled[self._kind(kernel, options, rest)] = found.run, found.function, found.packed_metadata
 
@@ -143,12 +145,12 @@ def launch(kernel, programs: int, args: tuple, constants: dict, warps: int, key:
     before its predecessor ends, and must wait in its own code.
     """
     if tiles.INTERPRET:
-        kernel[(programs,)](*args, **constants, num_warps=warps)
+        kernel[(programs,)](*args, **constants, num_warps=warps, **FUSED)
         return
     key = (id(kernel), warps, pdl, key, *constants.values())
     found = _compiled.get(key)
     if found is None:
-        compiled = kernel[(programs,)](*args, **constants, num_warps=warps, launch_pdl=pdl)
+        compiled = kernel[(programs,)](*args, **constants, num_warps=warps, launch_pdl=pdl, **FUSED)
         names = [parameter.name for parameter in kernel.params[len(args) :]]
         _compiled[key] = compiled, [constants[name] for name in names]
         return

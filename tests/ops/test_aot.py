@@ -93,6 +93,8 @@ def compile_for(capability: int, kernel, dtype: torch.dtype, constants: dict, ab
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from hgrn2.ops.launch import FUSED
+
     signature, values, attributes = {}, {}, {}
     product = "bf16" if dtype == torch.bfloat16 else "fp32"
     for i, parameter in enumerate(kernel.params):
@@ -110,7 +112,7 @@ def compile_for(capability: int, kernel, dtype: torch.dtype, constants: dict, ab
             if "stride" in name and not parameter.do_not_specialize:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, values, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options | FUSED)
     row = {"shared": compiled.metadata.shared}
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if tool.exists():
