@@ -85,7 +85,7 @@ def backwards(o_r, rows, C: tl.constexpr):
 def product(a, b, acc, PRECISION: tl.constexpr):
     """a @ b + acc in fp32: operands in bf16 ("bf16"), rounded to tf32 ("tf32"), or fp32 in tf32 parts or exactly.
 
-    Of fp32 operands the product is summed on its own first: fewer terms round off the whole sum.
+    Of fp32 operands the product is summed on its own first: acc is then rounded once a product, not once a term.
     """
     if PRECISION == "bf16":
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
@@ -148,7 +148,7 @@ def to_accumulator(x, eye):
 
 @triton.jit
 def settle(x):
-    """x, in an instruction that the compiler may not repeat.
+    """x, in an instruction that the compiler may neither repeat nor see through.
 
     Where a product reads a tile in another layout, it would else compute all that led to the tile once more.
     """

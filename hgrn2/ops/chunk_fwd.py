@@ -56,7 +56,7 @@ def chunk_state_kernel(
         c = c_end - 1 - step if BACKWARD else c_first + step
         n, b, p, t0, rows, first, last, length = locate(c, table_ptr, len_ptr, T, NT, P, sign, has_len, C, VARLEN)
         p_ch = c.to(tl.int64) * H + i_h
-        # from a chunk's last token on where EXACT: terms that have decayed most are summed first, as the loop would
+        # from a chunk's last token on where EXACT: of its terms those that have decayed most are summed first
         o_r = C - 1 - o_c if EXACT else o_c
         o_t = o_r * sign
         m_real = (o_r < rows) & (t0 + o_t < length)
@@ -84,7 +84,7 @@ def chunk_state_kernel(
         elif BACKWARD:
             b_s = product(tl.trans(b_x), b_y, b_s * b_whole, PRECISION)
         else:
-            # scale (2^total / scale S_0 + kx^T v): one accumulator
+            # scale (2^total / scale S_0 + kx^T v): of 16-bit inputs one accumulator
             b_s = b_scale * product(tl.trans(b_x), b_y, b_s * tl.where(safe, b_whole, 1.0), PRECISION)
         if MODE == 1:
             b_decay += b_total

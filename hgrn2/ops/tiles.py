@@ -101,7 +101,7 @@ def pair(tiles: Tiles) -> Tiles:
 
 
 def output_precision(dtype: torch.dtype) -> str:
-    """PRECISION of the products that form states and their gradients, o, dv, and the gradient of the scores.
+    """PRECISION of the products that form states, fast chunks' scores, the gradients of both, o and dv.
 
     Of values of one sign, tf32 parts would lose fp32's last digits.
     """

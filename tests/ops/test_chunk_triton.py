@@ -153,6 +153,26 @@ else:
         for name in ("o", "d q", "d f", "d v", "d initial_state"):
             assert (got[name] - want[name]).norm() <= 2e-5 * want[name].norm()
 
+    @pytest.mark.parametrize("bound", [None, 1e-3])
+    @pytest.mark.parametrize("value", [None, -2.0])
+    def test_extreme_gates_of_both_directions(bound, value):
+        q, f, v, _, _ = draw(time=34)
+        extremes = torch.tensor([100.0, -100.0, 60.0, -60.0, float("inf"), float("-inf"), 15.0, -15.0])
+        # or fast chunks down to 2^-98
+        f = extremes[torch.randint(0, 8, f.shape)] if value is None else torch.full_like(f, value)
+        limit = None if value is None else 100.0
+
+        def run(scan, f, dtype, **options):
+            leaves = [x.to(dtype).requires_grad_() for x in (q, f, v)]
+            gamma = None if bound is None else torch.full((2, 16), bound, dtype=dtype)
+            o, _ = scan(*leaves, gamma, direction="both", **options)
+            return o, *torch.autograd.grad(o.sum(), leaves)
+
+        assert all(x.isfinite().all() for x in run(triton_scan, f, torch.float32, fast_limit=limit))
+        got = run(triton_scan, f.clamp(-100, 100), torch.float32, fast_limit=limit)
+        for x, want in zip(got, run(hgrn2_scan, f.clamp(-100, 100), torch.float64, impl="torch"), strict=True):
+            assert (x - want).norm() <= 2e-5 * want.norm()
+
     @settings(max_examples=3)
     @given(st.lists(st.integers(0, 36), min_size=2, max_size=2), st.booleans())
     def test_lengths(lengths, reverse):
