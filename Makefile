@@ -8,7 +8,7 @@ install: ## install with everything the demos and tests need
 	python -m pip install -e ".[dev]"
 
 test: ## the CPU tests (as CI)
-	python -m pytest
+	OMP_NUM_THREADS=1 python -m pytest -n auto --dist worksteal
 
 test-gpu: ## the tests that need a CUDA device
 	python -m pytest -m gpu

@@ -216,7 +216,7 @@ def test_ragged_batches_are_padded_on_the_right():
         ),
         (lambda: LMData(num_workers=-1), "data.num_workers=-1"),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else type(x).__name__,
 )
 def test_bad_values_are_named(make, message):
     with pytest.raises(ConfigError, match=message):
