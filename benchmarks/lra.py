@@ -238,6 +238,7 @@ def main() -> None:
         with torch.no_grad():
             *inputs, _, gamma = draw(shape, width, dim)
             want = scan(*inputs, gamma, direction)
+        result["shapes"][name] = row
         for other in args.peers:
             try:
                 row[other] = peer(PEERS[other], *SHAPES[name], want)
@@ -245,9 +246,7 @@ def main() -> None:
                 row[other] = None
             torch.compiler.reset()  # a scan compiled for one shape is no help to the next
             torch.cuda.empty_cache()
-            result["shapes"][name] = row
-            (args.out / "lra.json").write_text(json.dumps(result, indent=1) + "\n")
-        result["shapes"][name] = row
+            (args.out / "lra.json").write_text(json.dumps(result, indent=1) + "\n")  # a peer may take long
         print(name, json.dumps(row), flush=True)
         (args.out / "lra.json").write_text(json.dumps(result, indent=1) + "\n")
     text = table(result)
