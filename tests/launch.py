@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 def _child(argv: list[str], cwd: str, out: str) -> None:
     os.setsid()  # signals to its process group must not reach the tests
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     os.chdir(cwd)
     with open(out, "w") as file:
         os.dup2(file.fileno(), 1)

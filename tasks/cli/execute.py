@@ -19,7 +19,7 @@ from tasks.cli.arguments import Request
 from tasks.cli.build import DECISION, Done, TaskCLI
 from tasks.cli.reliability import say
 from tasks.cli.runs import discard, run_around, write_atomically
-from tasks.cli.signals import Leave, Signals
+from tasks.cli.signals import Leave, Signals, status
 
 
 def run(cli: TaskCLI) -> None:
@@ -125,7 +125,7 @@ def _run(cli: TaskCLI) -> None:
             raise
         name = signal.Signals(cli.signals.received).name
         tell(*where_next(cli))
-        raise Leave(128 + cli.signals.received, f"{name}: stopped, a data worker had ended") from error
+        raise Leave(status(cli.signals.received), f"{name}: stopped, a data worker had ended") from error
     except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
         # Before the first step these are Lightning's words for settings that don't go together.
         if isinstance(error, ConfigError) or trained(cli) or not _about_settings(error):

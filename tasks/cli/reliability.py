@@ -1,7 +1,8 @@
-"""Stopping well: SIGTERM and Ctrl-C finish the optimiser step and write last.ckpt; a NaN loss stops with a reason.
+"""Stopping well: a signal finishes the optimiser step and writes last.ckpt; a NaN loss stops with a reason.
 
-Lightning's own SIGTERM handler (2.6) runs a collective inside the handler and saves nothing; it is never installed.
-Instead, ``Signals`` sets a flag, and ``Guard`` makes all ranks agree on it at the end of each optimiser step.
+Lightning's own handlers (2.6) are never installed: that of SIGTERM runs a collective inside the handler and saves
+nothing, that of SLURM's warning writes a checkpoint of its own and requeues the job. Instead, ``Signals`` sets a flag,
+and ``Guard`` makes all ranks agree on it at the end of each optimiser step.
 """
 
 import signal
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from hgrn2.config import ConfigError
 from tasks.cli.checkpoints import Checkpoints
-from tasks.cli.signals import Leave, Signals
+from tasks.cli.signals import Leave, Signals, status
 
 NEVER = 2**62  # larger than any step
 
@@ -141,7 +142,7 @@ class Guard(Callback):
             last = self.checkpoints.last_model_path if self.checkpoints.saved_step is not None else self.start
             self._leave(
                 trainer,
-                128 + self.stopping,
+                status(self.stopping),
                 f"{name}: stopped after optimizer step {trainer.global_step}. "
                 + (f"Last checkpoint: {last}" if last else "No checkpoint was written."),
             )
