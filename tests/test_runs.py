@@ -10,7 +10,7 @@ from torch import nn
 from hgrn2.config import ConfigError
 from tasks.cli import runs
 
-OLD, MIDDLE, NEW = "2026-01-01_00-00-00.000000", "2026-01-02_00-00-00.000000", "2026-01-02_00-00-00.000000-2"
+OLD, MIDDLE, NEW = "2026-01-01_00-00-00", "2026-01-02_00-00-00", "2026-01-02_00-00-00-2"
 
 
 def save(path, step=1, **extra):
@@ -45,15 +45,38 @@ def test_new_runs_never_collide(tmp_path, monkeypatch):
     assert len(set(made)) == 20
     assert all(path.is_dir() and path.parent == tmp_path / "lm" / "big" for path in made)
 
-    class Frozen(runs.datetime):
-        @classmethod
-        def now(cls):
-            return cls(2026, 1, 1)
-
-    monkeypatch.setattr(runs, "datetime", Frozen)
+    at(monkeypatch, 2026, 1, 1)
     same = [runs.new_run(tmp_path, "x") for _ in range(12)]
     assert [path.name for path in same[:3]] == [OLD, f"{OLD}-1", f"{OLD}-2"]
     assert runs.runs_of(tmp_path, "x") == same[::-1]
+
+
+def at(monkeypatch, *when):
+    class Frozen(runs.datetime):
+        @classmethod
+        def now(cls):
+            return cls(*when)
+
+    monkeypatch.setattr(runs, "datetime", Frozen)
+
+
+def test_a_new_run_is_the_newest_whatever_the_clock_says(tmp_path, monkeypatch):
+    at(monkeypatch, 2026, 1, 2)
+    first, second = runs.new_run(tmp_path, "x"), runs.new_run(tmp_path, "x")
+    at(monkeypatch, 2026, 1, 1)  # the clock went back
+    assert runs.new_run(tmp_path, "x").name == f"{MIDDLE}-2"
+    first.rmdir()
+    assert [path.name for path in (runs.new_run(tmp_path, "x"), second)] == [f"{MIDDLE}-3", f"{MIDDLE}-1"]
+
+
+def test_runs_of_earlier_versions_are_found_and_sorted(tmp_path, monkeypatch):
+    """They were named to the microsecond."""
+    names = [f"{OLD}.000001", f"{OLD}.000001-2", f"{OLD}.000001-10", f"{OLD}.500000", OLD, f"{MIDDLE}.000000"]
+    for name in names[::-1]:
+        (tmp_path / "x" / name).mkdir(parents=True)
+    assert [path.name for path in runs.runs_of(tmp_path, "x")] == names[::-1]
+    at(monkeypatch, 2026, 1, 2)
+    assert runs.runs_of(tmp_path, "x")[0] != runs.new_run(tmp_path, "x") == runs.runs_of(tmp_path, "x")[0]
 
 
 def test_run_folder_that_cannot_be_made(tmp_path):
@@ -101,6 +124,11 @@ def test_evaluation_takes_the_best_and_says_so(root, command):
     assert "best.ckpt" in chosen.note
     with pytest.raises(ConfigError, match="no run of task=vision"):
         choose(root, command, task="vision")
+    chosen.checkpoint.unlink()
+    fallback = choose(root, command)
+    assert fallback.checkpoint.name == "last.ckpt"
+    assert f"no best.ckpt there: {command} uses {fallback.checkpoint}" in fallback.note
+    assert choose(root, command, ckpt_path="last").note == ""
 
 
 def test_run_names_a_run(root):

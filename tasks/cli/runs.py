@@ -19,14 +19,22 @@ from torch import nn
 
 from hgrn2.config import ConfigError
 
-RUN_NAME = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d\.\d{6}(-\d+)?")
+# Earlier versions named runs to the microsecond: these folders are still found.
+RUN_NAME = re.compile(r"(\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)(\.\d{6})?(?:-(\d+))?")
 
 
 def new_run(root: Path, task: str) -> Path:
-    """Makes the folder of a new run; two runs started in the same microsecond get different names."""
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")
-    for suffix in ["", *(f"-{i}" for i in range(1, 1000))]:
-        folder = root / task / f"{stamp}{suffix}"
+    """Makes the folder of a new run, named by the second; a run of the same second gets a suffix.
+
+    Its name always sorts last: where the clock went back (summer time, another node), it is the newest run's second.
+    """
+    stamp, taken = datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), -1
+    for newest in runs_of(root, task)[:1]:
+        second, _, _, suffix = _by_age(newest)
+        if second >= stamp:
+            stamp, taken = second, suffix
+    for number in range(taken + 1, taken + 1000):
+        folder = root / task / (f"{stamp}-{number}" if number else stamp)
         with contextlib.suppress(FileExistsError):
             try:
                 folder.mkdir(parents=True)
@@ -51,7 +59,12 @@ def runs_of(root: Path, task: str) -> list[Path]:
     """The runs of a task, newest first."""
     folder = root / task
     found = [path for path in folder.iterdir() if RUN_NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: (path.name[:26], int(path.name[27:] or 0)), reverse=True)
+    return sorted(found, key=_by_age, reverse=True)
+
+
+def _by_age(run: Path) -> tuple[str, bool, str, int]:
+    second, fraction, suffix = RUN_NAME.fullmatch(run.name).groups()
+    return second, fraction is None, fraction or "", int(suffix or 0)
 
 
 def run_around(checkpoint: Path) -> Path | None:
@@ -160,6 +173,8 @@ def choose(command: str, task: str, root: Path, ckpt_path: str | None, run: str 
     checkpoint, problem = _loadable(chosen, command == "fit")
     if checkpoint is None:
         raise ConfigError(f"no checkpoint of {chosen} can be loaded: {problem}")
+    if command != "fit" and ckpt_path is None:
+        problem += f"{'; ' * bool(problem)}no ckpt_path given and no best.ckpt there: {command} uses {checkpoint}"
     return Choice(checkpoint, chosen if command == "fit" else None, problem)
 
 
