@@ -152,6 +152,7 @@ class Task(LightningModule):
         if every and (self.global_step + 1) % every == 0:
             grads = [p.grad for p in self.parameters() if p.grad is not None]
             self.log("train/grad_norm", torch.nn.utils.get_total_norm(grads))
+            self.log("train/lr", optimizer.param_groups[0]["lr"])  # all groups have the same
 
     def configure_optimizers(self) -> dict:
         clip = self.trainer.gradient_clip_val

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
@@ -19,6 +19,14 @@ from tasks.plots import horizon_map
 
 MAX_HALF_LIFE = 1e6  # tokens; a gate that never forgets has none
 MAX_VALUES = 65_536  # a head and layer; enough for a histogram
+
+
+def logged_step(trainer: Trainer) -> int:
+    """The step under which loggers keep what the last optimiser step did: they count from 0.
+
+    What is logged here stays when a run is resumed from a checkpoint of this step, which starts at the next.
+    """
+    return max(trainer.global_step - 1, 0)
 
 
 def tensorboard_writer(trainer: Trainer):
@@ -160,10 +168,10 @@ class MemoryHorizon(Callback):
             return
         for layer, values in self._half_lives.items():
             writer.add_histogram(
-                f"memory_horizon/layer_{layer:02d}_log10_tokens", values.flatten().log10(), trainer.global_step
+                f"viz/memory_horizon/layer_{layer:02d}_log10_tokens", values.flatten().log10(), logged_step(trainer)
             )
         medians = np.stack([values.median(1).values.numpy() for _, values in sorted(self._half_lives.items())])
-        writer.add_figure("memory_horizon/map", horizon_map(medians), trainer.global_step)
+        writer.add_figure("viz/memory_horizon/map", horizon_map(medians), logged_step(trainer))
         self._half_lives = {}
 
 
@@ -188,14 +196,13 @@ class SampleViewer(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: Task) -> None:
         writer = tensorboard_writer(trainer)
         if writer is not None and self._batch is not None:
-            pl_module.show_samples(writer, self._batch, trainer.global_step)
+            pl_module.show_samples(writer, self._batch, logged_step(trainer))
         self._batch = None
 
 
 # the command line turns each into a group of options; trainer.callbacks adds to them
 CALLBACKS = {
     "progress": Progress,
-    "lr_monitor": LearningRateMonitor,
     "startup": Startup,
     "throughput": ThroughputLogger,
     "memory_horizon": MemoryHorizon,

@@ -216,9 +216,9 @@ def test_tensorboard_shows_what_it_promises(make, domain, tmp_path):
     wanted |= {"val/ppl", "val/bpb"} if domain == "lm" else {"val/acc", "train/acc"}
     wanted |= {"val/majority_acc"} if domain == "lra" else set()
     assert wanted <= set(tags["scalars"])
-    assert {f"memory_horizon/layer_{i:02d}_log10_tokens" for i in range(2)} <= set(tags["histograms"])
-    assert "memory_horizon/map" in tags["images"]
-    samples = {"lm": "samples/generated", "vision": "samples/held-out images", "lra": "samples/expressions"}[domain]
+    assert {f"viz/memory_horizon/layer_{i:02d}_log10_tokens" for i in range(2)} <= set(tags["histograms"])
+    assert "viz/memory_horizon/map" in tags["images"]
+    samples = {"lm": "viz/generated", "vision": "viz/held-out images", "lra": "viz/expressions"}[domain]
     assert any(samples in tag for tag in (*tags["images"], *tags["tensors"]))
 
 

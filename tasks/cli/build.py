@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
@@ -25,6 +25,8 @@ from tasks.cli.signals import Signals
 
 DECISION = "HGRN2_RUN"  # what rank 0 decided, for the children that Lightning's launcher starts
 OURS = ("ckpt_path", "run", "resume")  # settings of one command line, not of a configuration
+# what earlier versions wrote into a run's config.yaml; it only concerned the display
+RETIRED = ("lr_monitor", "progress.refresh_rate", "progress.leave")
 
 
 class Done(Exception):
@@ -88,11 +90,14 @@ class TaskCLI(LightningCLI):
         self.root = root
         self.config = args.typed(parser, resolved)
         self.resolved = {"domain": self.domain} | args.plain(parser, self.config)
+        defaults = args.plain(parser, parser.get_defaults())
+        self.changed = compose.changed(config, self.layers, defaults)
         if self.request.help:
             sys.stdout.write(args.settings(parser, self.task, self.resolved))
             raise Done
         for key in OURS:
             self.resolved.pop(key, None)
+        self.resolved = compose.without_nulls(self.resolved, self.layers, defaults)
         if self.request.print_config:
             sys.stdout.write(compose.to_yaml(self.resolved))
             raise Done
@@ -108,6 +113,8 @@ class TaskCLI(LightningCLI):
     def _over_run(self, config: dict[str, Any], typed: dict[str, Any]) -> dict[str, Any]:
         """A run that is continued brings its whole configuration, one that is evaluated its model and data."""
         saved = compose.read(self.choice.config)
+        saved = compose.without(saved, RETIRED)
+        saved = compose.merge(compose.nulls(args.plain(self.parser, self.parser.get_defaults())), saved)
         if saved.pop("domain", self.domain) != self.domain:
             raise ConfigError(f"{self.choice.checkpoint}: of another domain than task={self.task}")
         if self.request.command != "fit":
@@ -122,7 +129,7 @@ class TaskCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Model and data; the Trainer comes later (``make_trainer``), when they are known to be valid."""
-        self.config_init = self.parser.instantiate_classes(self.config)
+        self.config_init = self.parser.instantiate(self.config)
         self.model, self.datamodule = self.config_init["model"], self.config_init["data"]
 
     def make_trainer(self) -> Trainer:
@@ -145,9 +152,8 @@ class TaskCLI(LightningCLI):
         step = self.start_step if self.choice.run else None
         own = [] if isinstance(settings["logger"], bool) else _listed(settings["logger"])
         settings["logger"] = make_loggers(names if fit else [], self.task, self.folder, step) + own or False
-        # Lightning refuses what is switched off, and a monitor without a logger.
+        # Lightning refuses what is switched off.
         unfit = (ProgressBar,) if settings["enable_progress_bar"] is False else ()
-        unfit += () if settings["logger"] else (LearningRateMonitor,)
         unfit += (Checkpoints,) if settings["enable_checkpointing"] is False else ()
         keys = self.parser.callback_keys
         self.parser.callback_keys = [key for key in keys if not isinstance(self.config_init[key], unfit)]

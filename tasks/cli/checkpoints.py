@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from hgrn2.config import ConfigError
+from tasks.callbacks import logged_step
 from tasks.cli.runs import link_atomically
 
 
@@ -67,6 +69,7 @@ class Checkpoints(Checkpoint):
         self.folder: Path | None = None  # set by the command line; without one nothing is written
         self.guard: Any = None  # the Guard that may ask for a last save
         self.best_score: float | None = None
+        self.best_step: int | None = None
         self.saved_step: int | None = None
         self._step = 0
         self._validated = False
@@ -80,10 +83,11 @@ class Checkpoints(Checkpoint):
         return str(self.folder / "best.ckpt") if self.folder and self.best_score is not None else ""
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_score": self.best_score}
+        return {"best_score": self.best_score, "best_step": self.best_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_score = state_dict["best_score"]
+        self.best_step = state_dict.get("best_step")  # unknown to earlier versions
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -94,7 +98,7 @@ class Checkpoints(Checkpoint):
             return
         self.folder = trainer.strategy.broadcast(self.folder)
         if not trainer.strategy.broadcast((self.folder / "best.ckpt").is_file()):
-            self.best_score = None  # the best of another run folder is not the best of this one
+            self.best_score = self.best_step = None  # the best of another run folder is not the best of this one
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step, self._validated = trainer.global_step, False
@@ -153,7 +157,11 @@ class Checkpoints(Checkpoint):
             if whole_step:
                 self._save_last(trainer)
             return
-        self.best_score = score
+        self.best_score, self.best_step = score, trainer.global_step
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):  # for its HPARAMS tab
+                logger.log_metrics({f"{self.monitor}_best": score}, logged_step(trainer))
+                logger.save()
         trainer.save_checkpoint(self.best_model_path, weights_only=False)
         if whole_step:
             if Path(self.best_model_path).is_dir():  # sharded: no link

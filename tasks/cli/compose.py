@@ -6,6 +6,7 @@ runs once, after all layers are merged: that is why they follow an override.
 
 import difflib
 import re
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from hgrn2.config import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SHOWN_ONLY = ("run_root", "logger", "progress", "samples")  # settings that change no result
 YAML_WORDS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null", "none", "nan", "inf"}
 
 
@@ -125,10 +127,35 @@ def over_saved(config: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     """A run's saved configuration on top of the files'. It holds no interpolations; those that explain its values stay,
     so that a further override (more ``trainer.max_steps``) still carries over (``model.optim.total_steps``)."""
     linked = {key for key in flatten(config) if isinstance(value := at(config, key), str) and "${" in value}
-    explained = resolve(merge(config, _without(saved, linked)))
+    explained = resolve(merge(config, without(saved, linked)))
     plain = resolve(saved)
     kept = {key for key in linked if at(explained, key) == at(plain, key, at(explained, key))}
-    return merge(config, _without(saved, kept))
+    return merge(config, without(saved, kept))
+
+
+def changed(config: dict[str, Any], files: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
+    """Dotted keys with another value than the task's files (else the class) give; what follows from one is left out.
+
+    ``config`` and ``files`` are unresolved; ``defaults`` are the classes'.
+    """
+    keys = [key for key in flatten(config) if key.partition(".")[0] not in SHOWN_ONLY]
+    return [key for key in keys if at(config, key) != at(files, key, at(defaults, key))]
+
+
+def nulls(defaults: dict[str, Any]) -> dict[str, Any]:
+    """The part of the classes' defaults that is null: what ``without_nulls`` may have left out."""
+    return {
+        key: nulls(value) if isinstance(value, dict) else None
+        for key, value in defaults.items()
+        if value is None or (isinstance(value, dict) and nulls(value))
+    }
+
+
+def without_nulls(config: dict[str, Any], files: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A resolved configuration without the nulls that are the class's default, where no file says anything."""
+    said = flatten(files)
+    silent = [key for key in flatten(config) if key not in said and at(config, key) is None]
+    return without(config, [key for key in silent if at(defaults, key, said) is None])
 
 
 def at(config: dict[str, Any], key: str, default: Any = None) -> Any:
@@ -140,9 +167,10 @@ def at(config: dict[str, Any], key: str, default: Any = None) -> Any:
     return config
 
 
-def _without(config: dict[str, Any], keys: set[str], prefix: str = "") -> dict[str, Any]:
+def without(config: dict[str, Any], keys: Container[str], prefix: str = "") -> dict[str, Any]:
+    """The configuration without some dotted keys."""
     return {
-        key: _without(value, keys, f"{prefix}{key}.") if isinstance(value, dict) else value
+        key: without(value, keys, f"{prefix}{key}.") if isinstance(value, dict) else value
         for key, value in config.items()
         if f"{prefix}{key}" not in keys
     }

@@ -17,6 +17,7 @@ from hgrn2.config import ConfigError
 from tasks.cli import compose
 from tasks.cli.arguments import Request
 from tasks.cli.build import DECISION, Done, TaskCLI
+from tasks.cli.loggers import RunTensorBoard
 from tasks.cli.reliability import say
 from tasks.cli.runs import discard, run_around, write_atomically
 from tasks.cli.signals import Leave, Signals, status
@@ -51,6 +52,8 @@ def save_config(cli: TaskCLI, path: Path) -> None:
     head = f"# task: {cli.task}\n# command: {' '.join(sys.argv[1:])}\n"
     write_atomically(path, lambda file: file.write((head + text).encode()))
     for logger in cli.trainer.loggers:
+        if isinstance(logger, RunTensorBoard):
+            logger.log_settings({"task": cli.task} | {key: compose.at(cli.resolved, key) for key in cli.changed})
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text("config", "    " + text.replace("\n", "\n    "), cli.start_step)
 

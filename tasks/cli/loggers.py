@@ -2,17 +2,54 @@
 
 import csv
 import importlib.util
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.utils.tensorboard.summary import hparams
 
 from hgrn2.config import ConfigError
 from tasks.cli.runs import write_atomically
 
 LOGGERS = ("tensorboard", "csv", "wandb", "none")
+
+
+class RunTensorBoard(TensorBoardLogger):
+    """TensorBoard's events in a run folder, without Lightning's `epoch` curve and hparams.yaml (config.yaml has more).
+
+    Args:
+        folder: the run folder
+        purge_step: events from this step on are dropped, since the resumed run writes them again
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
+        super().__init__(folder, name="", version="", default_hp_metric=False, purge_step=purge_step)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
+
+    @rank_zero_only
+    def log_settings(self, settings: Mapping[str, Any]) -> None:
+        """The run's line in the HPARAMS tab; TensorBoard keeps the first that a run folder holds.
+
+        Lightning's log_hyperparams also writes the table's columns, of which TensorBoard takes those of any one run for
+        all runs. Without them it shows every setting and metric that a run has.
+        """
+        plain = {
+            key: value if isinstance(value, int | float | str) else json.dumps(value) for key, value in settings.items()
+        }
+        _, start, _ = hparams(plain, {})
+        self.experiment._get_file_writer().add_summary(start)
+
+    @rank_zero_only
+    def save(self) -> None:
+        self.experiment.flush()
 
 
 class _ContinuingWriter(ExperimentWriter):
@@ -67,9 +104,7 @@ def make_loggers(names: list[str], task: str, folder: Path | None, purge_step: i
         return loggers
     for name in names:
         if name == "tensorboard":
-            loggers.append(
-                TensorBoardLogger(folder, name="", version="", default_hp_metric=False, purge_step=purge_step)
-            )
+            loggers.append(RunTensorBoard(folder, purge_step))
         elif name == "csv":
             loggers.append(ContinuingCSVLogger(folder, purge_step))
         elif name == "wandb":

@@ -91,4 +91,4 @@ class LMTask(Task):
         generator = torch.Generator().manual_seed(self.seed)
         tokens = self.model.generate(prompt, self.sample_tokens, self.temperature, generator)
         text = data.decode(tokens[0].cpu().numpy()).replace("\0", "\n# --- end of file ---\n")
-        writer.add_text("samples/generated", "    " + text.replace("\n", "\n    "), step)
+        writer.add_text("viz/generated", "    " + text.replace("\n", "\n    "), step)

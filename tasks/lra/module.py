@@ -63,4 +63,4 @@ class LRATask(ClassificationTask):
         for tokens, pred, label in zip(batch["tokens"].tolist(), preds, batch["label"].tolist(), strict=True):
             text = self.trainer.datamodule.decode(tokens)
             rows.append(f"| {'✓' if pred == label else '✗'} | {pred} | {label} | `{text}` |")
-        writer.add_text("samples/expressions", "\n".join(rows), step)
+        writer.add_text("viz/expressions", "\n".join(rows), step)

@@ -56,4 +56,4 @@ class VisionTask(ClassificationTask):
             (f"{names[p]}" if p == t else f"{names[p]}, is {names[t]}", p == t)
             for p, t in zip(preds.tolist(), batch["label"].tolist(), strict=True)
         ]
-        writer.add_figure("samples/held-out images", image_grid(batch["image"].float().cpu(), captions), step)
+        writer.add_figure("viz/held-out images", image_grid(batch["image"].float().cpu(), captions), step)
