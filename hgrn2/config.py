@@ -15,13 +15,22 @@ MAX_EXPAND_RATIO = 256
 
 
 class ConfigError(ValueError):
-    """A user's mistake in a config, a path or a combination; the message is for the user and says what is valid."""
+    """A user's mistake in a config, a path or a combination; the message is for the user and says what is valid.
+
+    Args:
+        message: for the user.
+        of: the dataclass whose fields the message names, for a command line that knows them by longer keys.
+    """
+
+    def __init__(self, message: str, of: type | None = None):
+        super().__init__(message)
+        self.of = of
 
 
-def check(problems: list[str]) -> None:
+def check(problems: list[str], of: type | None = None) -> None:
     """Raise one ConfigError that lists all problems, if there are any."""
     if problems:
-        raise ConfigError("; ".join(problems))
+        raise ConfigError("; ".join(problems), of)
 
 
 @dataclass
@@ -100,7 +109,7 @@ class HGRN2Config:
                     problems.append(f"{key}={getattr(self, key)} has no effect with glu_width=0 (no GLU)")
         if self.drop_path and self.depth == 1:
             problems.append(f"drop_path={self.drop_path} has no effect with depth=1 (it grows from 0)")
-        check(problems)
+        check(problems, type(self))
 
     @property
     def heads(self) -> int:

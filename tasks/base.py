@@ -2,12 +2,15 @@
 
 import dataclasses
 import random
+import sys
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning import LightningModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -15,7 +18,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from hgrn2 import HGRN2Config
 from hgrn2.config import check
 from hgrn2.ops import choose_impl
-from tasks.optim import OptimConfig, build_optimizer, may_fuse
+from tasks.optim import OptimConfig, build_optimizer, follow, may_fuse
+from tasks.schedule import Length, plan, run_length, unfinished
 
 EVAL_STAGES = ("val", "test")
 IGNORED = -1  # the target of a sample that no metric counts
@@ -82,6 +86,8 @@ class Task(LightningModule):
             "seed": seed,
             **init_args,
         }
+        self.planned: OptimConfig | None = None  # with the schedule in whole steps, once training begins
+        self._ran_with: dict[str, int | None] | None = None  # the checkpoint's
         self.model: nn.Module
         self.losses = nn.ModuleDict({stage: MeanLoss() for stage in EVAL_STAGES})
         self.metrics = nn.ModuleDict({stage: MetricCollection(self.make_metrics()) for stage in EVAL_STAGES})
@@ -154,9 +160,30 @@ class Task(LightningModule):
             self.log("train/grad_norm", torch.nn.utils.get_total_norm(grads))
             self.log("train/lr", optimizer.param_groups[0]["lr"])  # all groups have the same
 
+    def run_length(self) -> Length | None:
+        """Optimiser steps of the whole run. Lightning's own estimate builds the loaders before they are restored."""
+        trainer = self.trainer
+        if trainer.fast_dev_run:  # replaces the limits that the schedule was made for, which only has to fit
+            return Length(sys.maxsize, "trainer.fast_dev_run")
+        batches = getattr(trainer.datamodule, "train_batches", lambda: None)()
+        by_epoch = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]
+        accumulate = by_epoch[0].get_accumulate_grad_batches if by_epoch else lambda _: trainer.accumulate_grad_batches
+        return run_length(trainer.max_steps, trainer.max_epochs, batches, trainer.limit_train_batches, accumulate)
+
     def configure_optimizers(self) -> dict:
         clip = self.trainer.gradient_clip_val
-        return build_optimizer(self, self.optim_config, may_fuse(self.device.type, self.trainer.precision, clip))
+        self.planned, _ = plan(self.optim_config, self.run_length(), self._ran_with)
+        return build_optimizer(self, self.planned, may_fuse(self.device.type, self.trainer.precision, clip))
+
+    def on_train_start(self) -> None:
+        """By now optimiser and schedule are restored. They follow this run's settings, and what surprises is said."""
+        if self.planned is None:  # a subclass's own optimiser
+            return
+        length = self.run_length()
+        self.planned, notes = plan(self.optim_config, length, self._ran_with)
+        follow(self.lr_schedulers(), self.planned)
+        for note in notes + unfinished(self.planned, length):
+            rank_zero_info(note)
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
@@ -193,6 +220,14 @@ class Task(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # plain values only, so that loading works with weights_only=True
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = self._init_args
+        if self.planned is not None:
+            checkpoint["schedule"] = {key: getattr(self.planned, key) for key in ("warmup_steps", "total_steps")}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._ran_with = checkpoint.get("schedule")
+        saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("optim", {})
+        if self._ran_with and saved.get("warmup_steps") != self.optim_config.warmup_steps:
+            self._ran_with = {"total_steps": self._ran_with["total_steps"]}  # another warm-up was asked for
 
 
 class ClassificationTask(Task):

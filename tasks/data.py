@@ -191,6 +191,10 @@ class TaskData(LightningDataModule):
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
+    def train_batches(self) -> int:
+        """Global training batches an epoch, before any limit of the Trainer's."""
+        return len(self.splits["train"]) // self.batch_size
+
     def consumed_batches(self) -> int:
         """Global batches that training has consumed since the start of the run."""
         return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0

@@ -27,10 +27,12 @@ class OptimConfig:
         decay_lower_bounds: apply weight decay to the lower-bound logits too.
         decay_norms_and_biases: apply weight decay to norms and biases too.
         schedule: cosine (to min_lr at total_steps), inverse_sqrt (of the step after warm-up) or constant.
-        warmup_steps: linear warm-up from warmup_lr to lr.
+        warmup_steps: linear warm-up from warmup_lr to lr; below 1 a fraction of total_steps; null for 50, or a tenth of
+            total_steps where 50 do not fit.
         warmup_lr: learning rate of the first step of the warm-up.
         min_lr: the cosine's end.
-        total_steps: length of the cosine, warm-up included; usually ${trainer.max_steps}.
+        total_steps: length of the cosine, warm-up included; null for the run's own length, from trainer.max_steps or
+            trainer.max_epochs.
     """
 
     lr: float = 1e-3
@@ -41,34 +43,40 @@ class OptimConfig:
     decay_lower_bounds: bool = False
     decay_norms_and_biases: bool = False
     schedule: Schedule = "cosine"
-    warmup_steps: int = 0
+    warmup_steps: int | float | None = 0
     warmup_lr: float = 0.0
     min_lr: float = 0.0
-    total_steps: int = 1000
+    total_steps: int | None = None
 
     def __post_init__(self) -> None:
         self.betas = tuple(self.betas)
         problems = [
             f"{key}={getattr(self, key)} must not be negative"
             for key in ("lr", "weight_decay", "warmup_steps", "warmup_lr", "min_lr")
-            if getattr(self, key) < 0
+            if (getattr(self, key) or 0) < 0
         ]
+        warmup, total = self.warmup_steps, self.total_steps
+        if isinstance(warmup, float) and warmup.is_integer():
+            self.warmup_steps = warmup = int(warmup)  # 0.0, 1e3
+        if isinstance(warmup, float) and not warmup < 1:
+            problems.append(
+                f"warmup_steps={warmup} must be a whole number of steps, or below 1 (a fraction of the run)"
+            )
         if self.eps <= 0:
             problems.append(f"eps={self.eps} must be positive")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             problems.append(f"betas={self.betas} must be two numbers in [0, 1)")
         if self.schedule not in ("cosine", "inverse_sqrt", "constant"):
             problems.append(f"schedule={self.schedule!r} is unknown; valid: cosine, inverse_sqrt, constant")
-        if self.schedule == "cosine" and self.total_steps <= self.warmup_steps:
-            problems.append(
-                f"total_steps={self.total_steps} must exceed warmup_steps={self.warmup_steps} (schedule=cosine); "
-                "total_steps follows trainer.max_steps in the task files: lower model.optim.warmup_steps with it"
-            )
-        check(problems)
+        if total is not None and total < 1:
+            problems.append(f"total_steps={total} must be at least 1, or null for the run's own length")
+        elif self.schedule == "cosine" and warmup is not None and total is not None and total <= warmup:
+            problems.append(f"total_steps={total} must exceed warmup_steps={warmup} (schedule=cosine)")
+        check(problems, type(self))
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:
-    """The learning rate of optimiser step `step` (from 0)."""
+    """The learning rate of optimiser step `step` (from 0); `config` in whole steps, see tasks/schedule.py."""
     if step < config.warmup_steps:
         return config.warmup_lr + (config.lr - config.warmup_lr) * step / config.warmup_steps
     if config.schedule == "constant":
@@ -77,6 +85,13 @@ def learning_rate(step: int, config: OptimConfig) -> float:
         return config.lr * math.sqrt(max(config.warmup_steps, 1) / max(step, 1))
     progress = min((step - config.warmup_steps) / (config.total_steps - config.warmup_steps), 1.0)
     return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def follow(scheduler: torch.optim.lr_scheduler.LambdaLR, config: OptimConfig) -> None:
+    """Make a restored scheduler follow `config` from its next step on: a checkpoint brings the rate of its own."""
+    scheduler.lr_lambdas = [partial(_factor, config=config)] * len(scheduler.base_lrs)
+    for group, base in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
+        group["lr"] = base * _factor(scheduler.last_epoch, config)
 
 
 def _factor(step: int, config: OptimConfig) -> float:

@@ -112,9 +112,9 @@ def test_every_demo_runs(task, tmp_path):
 
 
 def test_help_of_a_task_shows_resolved_values(tmp_path):
-    status, out = launch(tmp_path, "task=vision", "--help", "trainer.max_steps=123")
+    status, out = launch(tmp_path, "task=vision", "--help", "trainer.max_steps=123", "seed=5")
     assert status == 0, out
-    for line in ("trainer.max_steps=123 ", "model.optim.total_steps=123 ", "model.backbone.dim=64 ", "ckpt_path=null "):
+    for line in ("trainer.max_steps=123 ", "seed=5 ", "model.seed=5 ", "model.backbone.dim=64 ", "ckpt_path=null "):
         assert f"  {line}" in out
     assert "width of the residual stream" in out
     assert "nearest" not in out.lower()
@@ -129,8 +129,7 @@ def test_precedence(tmp_path):
     assert resolved["trainer"]["use_distributed_sampler"] is False  # base.yaml over the class
     assert resolved["trainer"]["accumulate_grad_batches"] == 1  # the class
     assert resolved["model"]["img_size"] == 8  # the parent
-    assert resolved["model"]["optim"]["total_steps"] == 71  # an interpolation follows
-    assert resolved["model"]["seed"] == resolved["data"]["seed"] == 5
+    assert resolved["model"]["seed"] == resolved["data"]["seed"] == 5  # interpolations follow
     assert config(tmp_path, "task=own.yaml", "seed=0")["data"]["seed"] == 0
 
 
@@ -282,7 +281,8 @@ def test_a_run_folder_has_everything(trained):
     assert "tensorboard --logdir runs" in out
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert saved["model"]["backbone"]["dim"] == 16
-    assert saved["model"]["optim"]["total_steps"] == 2
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["schedule"] == {"warmup_steps": 0, "total_steps": 2}
 
 
 @pytest.mark.parametrize("command", ["validate", "test"])
@@ -324,7 +324,7 @@ def test_more_steps_continue_in_the_same_run(trained):
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 4
     saved = yaml.safe_load((run / "config.yaml").read_text())
-    assert saved["model"]["optim"]["total_steps"] == 4  # followed
+    assert checkpoint["schedule"]["total_steps"] == 4  # followed
     assert saved["model"]["label_smoothing"] == 0.1  # kept from the run
     status, out = launch(folder, "task=vision", "resume=auto", *TINY[:4])
     assert status == 0, out  # nothing left to do: not an error, and no new run
