@@ -15,10 +15,10 @@ Legend: G = B * H * N chunks flattened, N chunks a row, C tokens a chunk, K key 
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hgrn2.ops.gates import activate, forget_gate
 from hgrn2.ops.reference import compute_dtype, padding_mask
+from hgrn2.ops.register import refuse_second_derivatives
 
 _SLAB_ELEMENTS = 64 * 64 * 64  # 1 MiB of fp32
 
@@ -141,8 +141,8 @@ class _ChunkedScan(torch.autograd.Function):
         return o.view_as(q), after
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, do, dafter):
+        refuse_second_derivatives()
         q, k, v, g, before, first = ctx.saved_tensors
         rows, n_chunks, size, dim = q.shape
         q_, k_, v_, g_, do_ = (x.reshape(-1, size, dim) for x in (q, k, v, g, do))

@@ -15,6 +15,7 @@ from torch import Tensor
 from hgrn2.ops import directions, tiles
 from hgrn2.ops.directions import DIRECTIONS
 from hgrn2.ops.gates import ACTIVATIONS, triton
+from hgrn2.ops.register import no_second_derivative, refuse_second_derivatives
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -101,6 +102,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, do, d_final, *_):
+    refuse_second_derivatives()
     q, f, v, lower_bound, lengths, *saved = ctx.saved_tensors
     d_final = d_final if ctx.has_final else None  # else it belongs to an empty tensor
     if do is None and d_final is None:
@@ -130,7 +132,6 @@ class _Eager(torch.autograd.Function):
             output_final_state, q_act, v_act, fast_limit, any(ctx.needs_input_grad), ctx.needs_input_grad[4],
         )  # fmt: skip
         ctx.set_materialize_grads(False)
-        # q, f and v as they came: copies made here would cut the graph of a second derivative
         ctx.save_for_backward(q, f, v, lower_bound, lengths, saved, table)
         ctx.options = (direction, q_act, v_act)
         ctx.initial_rows = initial_state.shape[0] if ctx.needs_input_grad[4] else None
@@ -138,29 +139,18 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do, d_final):
+        refuse_second_derivatives()
         if do is None and d_final is None:
             return (None,) * 12
         q, f, v, lower_bound, lengths, saved, table = ctx.saved_tensors
         do = torch.zeros_like(v) if do is None else _rows(do)
         d_final = None if d_final is None else d_final.contiguous()
-        if torch.is_grad_enabled():  # create_graph: the op knows what to say if it comes to a second derivative
-            table = q.new_empty((0, 4), dtype=torch.int32) if table is None else table
-            rows = -1 if ctx.initial_rows is None else ctx.initial_rows
-            *grads, d_bound, d_initial = torch.ops.hgrn2.chunk_scan_backward(
-                do, d_final, q, f, v, lower_bound, lengths, saved, table, *ctx.options, ctx.needs_input_grad[3], rows
-            )  # fmt: skip
-            grads += [d_bound if ctx.needs_input_grad[3] else None, d_initial if rows >= 0 else None]
-            return *grads, *(None,) * 7
         direction, *acts = ctx.options
         grads = directions.backward(
             do, d_final, _rows(q), _rows(f), _rows(v), lower_bound, lengths, saved, table, DIRECTIONS[direction],
             *acts, ctx.needs_input_grad[3], ctx.initial_rows, packed=True,
         )  # fmt: skip
         return *grads, *(None,) * 7
-
-
-def _no_second_derivative(*_):
-    raise NotImplementedError("hgrn2_scan has no second derivatives on Triton; impl='reference' has them")
 
 
 def _no_vmap(*_):
@@ -173,7 +163,7 @@ for _device in ("CUDA", "CPU"):  # CPU tensors run under TRITON_INTERPRET=1
 torch.library.register_fake("hgrn2::chunk_scan", _scan_fake, lib=_LIBRARY)
 torch.library.register_fake("hgrn2::chunk_scan_backward", _scan_backward_fake, lib=_LIBRARY)
 torch.library.register_autograd("hgrn2::chunk_scan", _differentiate, setup_context=_save, lib=_LIBRARY)
-torch.library.register_autograd("hgrn2::chunk_scan_backward", _no_second_derivative, lib=_LIBRARY)
+torch.library.register_autograd("hgrn2::chunk_scan_backward", no_second_derivative, lib=_LIBRARY)
 torch.library.register_vmap("hgrn2::chunk_scan", _no_vmap, lib=_LIBRARY)
 torch.library.register_vmap("hgrn2::chunk_scan_backward", _no_vmap, lib=_LIBRARY)
 

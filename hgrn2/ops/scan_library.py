@@ -8,7 +8,8 @@ from torch import Tensor
 
 from hgrn2.ops.directions import DIRECTIONS
 from hgrn2.ops.gates import ACTIVATIONS
-from hgrn2.ops.library import _LIBRARY, _int32, _no_second_derivative, _no_vmap
+from hgrn2.ops.library import _LIBRARY, _int32, _no_vmap
+from hgrn2.ops.register import no_second_derivative, refuse_second_derivatives
 
 _LIBRARY.define(
     "lane_scan(Tensor q, Tensor f, Tensor v, Tensor? lower_bound, Tensor? initial_state, Tensor? lengths, "
@@ -100,6 +101,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, do, d_final):
+    refuse_second_derivatives()
     d_final = d_final if ctx.has_final else None  # else it belongs to an empty tensor
     if do is None and d_final is None:
         return (None,) * 11
@@ -118,23 +120,19 @@ class _Eager(torch.autograd.Function):
         o, final, kept = _run(*inputs)
         *tensors, direction, _, q_act, v_act = inputs
         ctx.set_materialize_grads(False)
-        # q, f and v as they came: views or copies made here would cut the graph of a second derivative
         ctx.save_for_backward(*tensors, kept)
         ctx.options = (direction, q_act, v_act)
         return o, final
 
     @staticmethod
     def backward(ctx, do, d_final):
+        refuse_second_derivatives()
         if do is None and d_final is None:
             return (None,) * 11
         *tensors, kept = ctx.saved_tensors
         do = torch.zeros_like(tensors[0]) if do is None else do
         needs = [tensors[i] is not None and ctx.needs_input_grad[i] for i in (3, 4)]
-        if torch.is_grad_enabled():  # create_graph: the op knows what to say if it comes to a second derivative
-            grads = list(torch.ops.hgrn2.lane_scan_backward(do, d_final, *tensors, *ctx.options, *needs))
-            grads[3:] = [x if need else None for x, need in zip(grads[3:], needs, strict=True)]
-        else:
-            grads = _run_backward(do, d_final, *tensors, *ctx.options, *needs, kept, packed=True)
+        grads = _run_backward(do, d_final, *tensors, *ctx.options, *needs, kept, packed=True)
         return *grads, *(None,) * 6
 
 
@@ -144,7 +142,7 @@ for _device in ("CUDA", "CPU"):  # CPU tensors run under TRITON_INTERPRET=1
 torch.library.register_fake("hgrn2::lane_scan", _scan_fake, lib=_LIBRARY)
 torch.library.register_fake("hgrn2::lane_scan_backward", _scan_backward_fake, lib=_LIBRARY)
 torch.library.register_autograd("hgrn2::lane_scan", _differentiate, setup_context=_save, lib=_LIBRARY)
-torch.library.register_autograd("hgrn2::lane_scan_backward", _no_second_derivative, lib=_LIBRARY)
+torch.library.register_autograd("hgrn2::lane_scan_backward", no_second_derivative, lib=_LIBRARY)
 torch.library.register_vmap("hgrn2::lane_scan", _no_vmap, lib=_LIBRARY)
 torch.library.register_vmap("hgrn2::lane_scan_backward", _no_vmap, lib=_LIBRARY)
 

@@ -270,15 +270,13 @@ else:
 
     def test_a_gradient_penalty_raises():
         q, f, v = (torch.randn(1, 8, 2, 32)[..., ::2].requires_grad_() for _ in range(3))
-        (grad,) = torch.autograd.grad(triton_scan(q, f, v)[0].sum(), q, create_graph=True)
-        with pytest.raises(NotImplementedError, match="second derivatives"):
-            torch.autograd.grad(grad.square().sum(), f)
+        with pytest.raises(NotImplementedError, match=r"second derivatives.*impl='reference'"):
+            torch.autograd.grad(triton_scan(q, f, v)[0].sum(), q, create_graph=True)
 
     def test_no_second_derivative_no_vmap():
         q, f, v, gamma, _ = (x.requires_grad_() for x in draw(time=20, heads=1))
-        (grad,) = torch.autograd.grad(triton_scan(q, f, v, gamma)[0].sum(), q, create_graph=True)
         with pytest.raises(NotImplementedError, match="second derivatives"):
-            grad.sum().backward()
+            triton_scan(q, f, v, gamma)[0].sum().backward(create_graph=True)
         with pytest.raises(NotImplementedError, match="vmap"):
             torch.func.vmap(lambda x: triton_scan(x, f, v)[0])(torch.randn(2, *q.shape))
 

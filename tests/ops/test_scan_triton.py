@@ -198,16 +198,13 @@ else:
     def test_a_gradient_penalty_raises(strided):
         q, f, v = (torch.randn(1, 8, 2, 4)[..., ::2] if strided else torch.randn(1, 8, 2, 2) for _ in range(3))
         q, f, v = (x.requires_grad_() for x in (q, f, v))
-        o, _ = hgrn2_scan(q, f, v, impl="triton")
-        (grad,) = torch.autograd.grad(o.sum(), q, create_graph=True)
-        with pytest.raises(NotImplementedError, match="second derivatives"):
-            torch.autograd.grad(grad.square().sum(), f)
+        with pytest.raises(NotImplementedError, match=r"second derivatives.*impl='reference'"):
+            torch.autograd.grad(hgrn2_scan(q, f, v, impl="triton")[0].sum(), q, create_graph=True)
 
     def test_no_second_derivative_no_vmap():
         q, f, v, gamma, _ = (x.requires_grad_() for x in draw(time=8))
         o, _ = hgrn2_scan(q, f, v, gamma, impl="triton")
-        (grad,) = torch.autograd.grad(o.sum(), q, create_graph=True)
         with pytest.raises(NotImplementedError, match="second derivatives"):
-            grad.sum().backward()
+            o.sum().backward(create_graph=True)
         with pytest.raises(NotImplementedError, match="vmap"):
             torch.func.vmap(lambda x: hgrn2_scan(x, f, v, impl="triton")[0])(torch.randn(2, *q.shape))
