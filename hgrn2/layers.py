@@ -82,6 +82,21 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         return total / rows.clamp(min=1)
 
 
+def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
+    """`nn.SyncBatchNorm.convert_sync_batchnorm`, in place where it can, for modules that may hold `MaskedBatchNorm`.
+
+    torch's makes of that a norm that knows no padding and takes `[B, T, D]` for `[N, C, L]`; here its `sync` is set.
+    """
+    if isinstance(module, MaskedBatchNorm):
+        module.sync = True
+        return module
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for name, child in module.named_children():
+        module.add_module(name, convert_sync_batchnorm(child))
+    return module
+
+
 def _sum_over_ranks(x: Tensor) -> Tensor:
     x = x.clone()
     dist.all_reduce(x)

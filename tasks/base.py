@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from hgrn2 import HGRN2Config
 from hgrn2.config import check
 from hgrn2.ops import choose_impl
+from tasks.layer_sync import keep_masked_norms
 from tasks.optim import OptimConfig, build_optimizer, follow, may_fuse
 from tasks.schedule import Length, plan, run_length, unfinished
 
@@ -133,6 +134,7 @@ class Task(LightningModule):
                     f"model.backbone.impl=triton cannot run with trainer.accelerator={device.type}: {reason}"
                 )
         check(problems)
+        keep_masked_norms(self.trainer)
 
     # -- training ----------------------------------------------------------------------------------------------------
 
