@@ -11,7 +11,14 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from hgrn2.config import HGRN2Config
-from hgrn2.fused import fused_glu_step, fused_mixer_step, glu_supported, mixer_supported, norm_supported
+from hgrn2.fused import (
+    block_consists,
+    fused_glu_step,
+    fused_mixer_step,
+    glu_supported,
+    mixer_supported,
+    norm_consists,
+)
 from hgrn2.layers import apply_norm, make_glu, make_norm
 from hgrn2.mixer import HGRN2Mixer
 
@@ -41,12 +48,11 @@ class Block(nn.Module):
         return self._channel_mix(self._add(x, mixed), pad), state
 
     def step(self, x: Tensor, state: Tensor, lower_bound: Tensor | None) -> Tensor:
-        in_eval = not self.training and norm_supported(self.mixer_norm)
-        if not (in_eval and mixer_supported(self.mixer, x, state, lower_bound)):
+        if not (block_consists(self, Block) and mixer_supported(self.mixer, HGRN2Mixer, x, state, lower_bound)):
             mixed = self.mixer.step(apply_norm(self.mixer_norm, x, None), state, lower_bound)
             return self._channel_mix(self._add(x, mixed), None)
         x = fused_mixer_step(self.mixer, x, state, lower_bound, self.mixer_norm)
-        if self.glu is not None and norm_supported(self.glu_norm) and glu_supported(self.glu, x):
+        if self.glu is not None and norm_consists(self.glu_norm) and glu_supported(self.glu, x):
             return fused_glu_step(self.glu, x, self.glu_norm)
         return self._channel_mix(x, None)
 

@@ -118,7 +118,7 @@ class HGRN2Mixer(nn.Module):
 
     def step(self, x: Tensor, state: Tensor, lower_bound: Tensor | None = None) -> Tensor:
         """One token `[B, D]` -> `[B, D]`; `state` `[B, H, K, V]` is updated in place."""
-        if mixer_supported(self, x, state, lower_bound):
+        if mixer_supported(self, HGRN2Mixer, x, state, lower_bound):
             return fused_mixer_step(self, x, state, lower_bound)
         q, f, v = self._project(x)
         o = hgrn2_step(q, f, v, state, lower_bound, **self._acts())

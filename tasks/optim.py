@@ -22,7 +22,7 @@ class OptimConfig:
         lr: peak learning rate.
         betas: AdamW's two decay rates.
         eps: AdamW's epsilon.
-        weight_decay: applied to matrices (Linear and convolution weights), and to what the next three add.
+        weight_decay: applied to matrices (Linear and convolution weights) alone, and to what the next three add.
         decay_embeddings: apply weight decay to embeddings too.
         decay_lower_bounds: apply weight decay to the lower-bound logits too.
         decay_norms_and_biases: apply weight decay to norms and biases too.
@@ -99,7 +99,11 @@ def _factor(step: int, config: OptimConfig) -> float:
 
 
 def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict]:
-    """Two groups, with and without weight decay, that hold every trainable parameter exactly once."""
+    """Two groups, with and without weight decay, that hold every trainable parameter exactly once.
+
+    Decayed are weights of two dimensions or more, by torch's name for them, and what the config's switches name, but
+    nothing else that a module may have (scales, position codes).
+    """
     decayed, plain, seen = [], [], set()
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):
@@ -113,7 +117,7 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict]:
             elif isinstance(owner, NORMS) or name.endswith("bias"):
                 decay = config.decay_norms_and_biases
             else:
-                decay = True
+                decay = parameter.ndim >= 2 and name.endswith("weight")
             (decayed if decay else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     grouped = [p for group in groups for p in group["params"]]

@@ -32,6 +32,26 @@ def test_weight_decay_on_everything():
     assert len(group["params"]) == len(list(task.parameters()))
 
 
+class Scaled(nn.Linear):
+    """Parameters that no rule names, of one dimension and of two."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.scale, self.head_scale = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(2, 2))
+        self.weight_g = nn.Parameter(torch.ones(4, 1))
+        self.extra_weight = nn.Parameter(torch.ones(4))
+
+
+def test_what_no_rule_names_is_not_decayed():
+    module = nn.ModuleDict({"own": Scaled(), "conv": nn.Conv2d(3, 4, 2), "attention": nn.MultiheadAttention(4, 2)})
+    groups = parameter_groups(module, OptimConfig(weight_decay=0.3))
+    names = {p: name for name, p in module.named_parameters()}
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    assert {names[p] for p in groups[0]["params"]} == {
+        "own.weight", "conv.weight", "attention.in_proj_weight", "attention.out_proj.weight",
+    }  # fmt: skip
+
+
 def test_frozen_and_shared_parameters():
     module = nn.ModuleDict({"embed": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False), "norm": nn.LayerNorm(4)})
     module["head"].weight = module["embed"].weight

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hgrn2 import HGRN2Backbone, HGRN2Config, fused
+from hgrn2 import HGRN2Backbone, HGRN2Config, HGRN2Mixer, fused
 from hgrn2.backbone import Block
 from hgrn2.decode import GraphedStep
 from hgrn2.ops import hgrn2_scan, hgrn2_step, matvec
@@ -154,7 +154,8 @@ def test_fused_block(dtype, norm, bias, rows):
     x, gamma = torch.randn(rows, 512, device="cuda").to(dtype), 0.9 * torch.rand(4, 128, device="cuda")
     state = torch.randn(rows, 4, 128, 128, device="cuda")
     before = state.clone()
-    assert fused.mixer_supported(block.mixer, x, state, gamma)
+    assert fused.block_consists(block, Block)
+    assert fused.mixer_supported(block.mixer, HGRN2Mixer, x, state, gamma)
     assert fused.glu_supported(block.glu, x)
     for part, module in ((wide.mixer, block.mixer), (wide, block)):
         want = part.step(x.double(), before.double(), gamma.double())
@@ -163,6 +164,27 @@ def test_fused_block(dtype, norm, bias, rows):
         with torch.enable_grad():  # gradients: the plain way
             assert ours <= 2 * error(module.step(x, plain, gamma).detach(), want)
         assert error(got, plain) < 1e-2
+
+
+class Scaled(HGRN2Mixer):
+    """A mixer with a scale per head, which the fused step knows nothing of."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale = torch.nn.Parameter(torch.rand(config.heads, 1))
+
+    def _output(self, o):
+        return super()._output(o * self.scale)
+
+
+@torch.no_grad()
+def test_a_mixer_with_more_to_it_takes_its_plain_step():
+    block = Block(HGRN2Config(dim=256, depth=1, expand_ratio=128)).eval().cuda()
+    block.mixer = Scaled(block.mixer.config).cuda()
+    x, state = torch.randn(1, 256, device="cuda"), torch.randn(1, 2, 128, 128, device="cuda")
+    for module in (block, block.mixer):
+        want = module.double().step(x.double(), state.double(), None)
+        assert error(module.float().step(x, state.clone(), None), want) < 1e-3
 
 
 @torch.no_grad()
