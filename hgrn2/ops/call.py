@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from hgrn2.ops.chunk_safe_bwd import chunk_safe_grad_kernel
 from hgrn2.ops.gates import activation_code
 from hgrn2.ops.launch import Plan, Slots, kinds
 
+# how many programs a kernel takes, by its tile
+Programs = Callable[[tiles.Kernel], int]
 # sequences of fewer chunks are not worth splitting
 _MIN_SPLIT = 16
 # programs a multiprocessor that safe chunks are spread over at least, if there are as many
@@ -86,9 +89,13 @@ class Call:
             raise ValueError(f"the tokens of {name} lie {t} values apart, the Triton scan takes at most {most}")
         self.values |= {f"{name}_stride_{axis}": s for axis, s in zip("bpth", (b, *(p or (0,)), t, h), strict=True)}
 
-    def add(self, kernel, programs: int, tile: tiles.Kernel, values: dict | None = None, **names: str) -> None:
-        values = self.values | dict(BK=tile.bk, BV=tile.bv, STAGES=tile.stages) | (values or {})
-        self.plan.add(kernel, programs, tile.options, values, **(dict(len=self.lengths) | names))
+    def add(self, kernel, programs: Programs, tile: tiles.Kernel, values: dict | None = None, **names: str) -> None:
+        """Add a kernel on `tile`, or where that does not fit on the first smaller one; programs: of any such tile."""
+        choices = []
+        for t in tile.candidates(tiles.shared_memory(self.device)):
+            sizes = self.values | dict(BK=t.bk, BV=t.bv, STAGES=t.stages) | (values or {})
+            choices.append((programs(t), t.options, sizes))
+        self.plan.add_first(kernel, choices, **(dict(len=self.lengths) | names))
 
     def factors(self, keep: bool, exact: bool, fast_limit: float | None, kernel=chunk_factor_kernel) -> None:
         if fast_limit is None:
@@ -97,12 +104,15 @@ class Call:
         band = max(1, tile.bk // self.dim)
         values = dict(BH=band, BT=tile.bv, EXACT=exact, keep=int(keep), fast_limit=float(fast_limit))
         names = dict(qf="qf" if exact else "none", ex="ex" if keep else "qx")
-        self.add(kernel, self.n_chunks * cdiv(self.heads, band), tile, values, **names)
+        self.add(kernel, lambda _: self.n_chunks * cdiv(self.heads, band), tile, values, **names)
 
     def states(self, x: str, y: str, states: str, enter: str, leave: str, backward: bool) -> None:
         """Chunk states, from `enter` to `leave` ("none": zero, not wanted); splits few long sequences."""
         tile = tiles.exact_state(self.dim) if x == "qf" else self.tiles.state
-        blocks = self.heads * (self.dim // tile.bk) * (self.dim // tile.bv)
+
+        def blocks(t: tiles.Kernel) -> int:
+            return self.heads * (self.dim // t.bk) * (self.dim // t.bv)
+
         count = multiprocessors(self.device)
         values = {f"y_stride_{axis}": self.values[f"{y}_stride_{axis}"] for axis in "bpth"} | dict(
             BACKWARD=backward, HAS_INIT=enter != "none", HAS_FINAL=leave != "none", EXACT=x == "qf",
@@ -112,12 +122,13 @@ class Call:
 
         def run(mode: int, segments: int, length: int, **more: str) -> None:
             more = {"seg": "none", "decay": "none"} | more
-            self.add(chunk_state_kernel, segments * blocks, tile, values | dict(MODE=mode, L=length), **names, **more)
+            values_ = values | dict(MODE=mode, L=length)
+            self.add(chunk_state_kernel, lambda t: segments * blocks(t), tile, values_, **names, **more)
 
-        if not self.varlen and (2 * self.batch * blocks >= count or self.n_t < _MIN_SPLIT):
+        if not self.varlen and (2 * self.batch * blocks(tile) >= count or self.n_t < _MIN_SPLIT):
             run(0, self.batch, self.n_t)
             return
-        length = max(_MIN_SPLIT // 2, cdiv(self.n_chunks, max(1, 4 * count // blocks)))
+        length = max(_MIN_SPLIT // 2, cdiv(self.n_chunks, max(1, 4 * count // blocks(tile))))
         segments = cdiv(self.n_chunks, length)
         # of two scans one after the other in the same place
         if "seg" not in self.scratch.of:
@@ -128,30 +139,32 @@ class Call:
         rows = min(self.dim, max(1, 512 // self.dim))
         # a single segment starts from the zeros that this writes
         carry = dict(N_SEG=segments, BACKWARD=backward)
-        self.add(carry_kernel, self.heads * (self.dim // rows), tiles.Kernel(rows, self.dim, 4), carry)
+        self.add(carry_kernel, lambda t: self.heads * (self.dim // t.bk), tiles.Kernel(rows, self.dim, 4), carry)
         run(2, segments, length, seg="seg")
 
     def safe_chunks(self, keep: bool, back: bool = False) -> None:
         number = "2" if back else ""
         names = dict(mask="mask32", kx="kx" + number, x=self.halves("ex" + number) if keep else "qx")
-        self.add_safe(chunk_score_kernel, 1, self.tiles.score, dict(keep=int(keep)), back, **names)
+        self.add_safe(chunk_score_kernel, lambda _: 1, self.tiles.score, dict(keep=int(keep)), back, **names)
 
     def halves(self, name: str) -> str:
         """What only chunks of two halves have, else what is there in any case."""
         return name if self.tiles.chunk > 32 else "qx"
 
-    def add_safe(self, kernel, programs: int, tile: tiles.Kernel, values: dict, back: bool, **names: str) -> None:
+    def add_safe(self, kernel, programs: Programs, tile: tiles.Kernel, values: dict, back: bool, **names: str) -> None:
         """Add a kernel that takes `programs` programs for each safe chunk and head; groups of them share programs."""
         values |= dict(BACK=back, sign=-1 if back else self.values["sign"])
         each = self.n_chunks * self.heads
-        group = max(1, min(16, each * programs // (_SAFE_PROGRAMS * multiprocessors(self.device))))
-        self.add(kernel, cdiv(each, group) * programs, tile, values | dict(GROUP=group), **names)
+        group = max(1, min(16, each * programs(tile) // (_SAFE_PROGRAMS * multiprocessors(self.device))))
+        self.add(kernel, lambda t: cdiv(each, group) * programs(t), tile, values | dict(GROUP=group), **names)
+
+    def per_values(self, tile: tiles.Kernel) -> int:
+        """Programs of kernels that each take one chunk, head and tile of value channels."""
+        return self.n_chunks * self.heads * (self.dim // tile.bv)
 
     def outputs(self, keep: bool, add: bool = False, kernel=chunk_out_kernel) -> None:
-        tile = self.tiles.out
-        programs = self.n_chunks * self.heads * (self.dim // tile.bv)
         values = dict(keep=int(keep), ADD=add, PRECISION=tiles.output_precision(self.dtype))
-        self.add(kernel, programs, tile, values)
+        self.add(kernel, self.per_values, self.tiles.out, values)
 
     def state_gradients(self, enter: str, leave: str, exact: bool) -> None:
         """The gradients of the chunks' states, and room for those of the scores."""
@@ -167,17 +180,18 @@ class Call:
         self.scratch.add("diag", (self.n_chunks, self.heads, chunk), torch.float32)
 
     def value_gradients(self, bound: bool, add: bool = False, kernel=chunk_value_grad_kernel) -> None:
-        tile = self.tiles.dv
-        programs = self.n_chunks * self.heads * (self.dim // tile.bv)
         values = dict(LB_GRAD=bound, ADD=add, PRECISION=tiles.output_precision(self.dtype))
-        self.add(kernel, programs, tile, values, **({} if bound else dict(dlb="none", dlb2="none")))
+        names = {} if bound else dict(dlb="none", dlb2="none")
+        self.add(kernel, self.per_values, self.tiles.dv, values, **names)
 
     def gradients(self, bound: bool, add: bool = False, kernel=chunk_grad_kernel) -> None:
         """dq and df of fast chunks."""
-        tile = self.tiles.grad
         values = dict(LB_GRAD=bound, ADD=add)
-        programs = self.n_chunks * self.heads * (self.dim // tile.bk)
-        self.add(kernel, programs, tile, values, dlb="dlb" if bound else "none")
+
+        def programs(t: tiles.Kernel) -> int:
+            return self.n_chunks * self.heads * (self.dim // t.bk)
+
+        self.add(kernel, programs, self.tiles.grad, values, dlb="dlb" if bound else "none")
 
     def safe_gradients(self, bound: bool, add: bool = False, pair: bool = False, back: bool = False) -> None:
         """dq and df of safe chunks; `pair`: of one of two scans."""
@@ -185,7 +199,7 @@ class Call:
         halves, number = self.tiles.chunk // 32, "2" if back else ""
         names = {name: name + number for name in ("qx", "kx", "states", "dstates")}
         names |= dict(dlb="dlb" + number if bound else "none", mask="mask32", x=self.halves("ex" + number))
-        self.add_safe(chunk_safe_grad_kernel, halves * (self.dim // tile.bk), tile, values, back, **names)
+        self.add_safe(chunk_safe_grad_kernel, lambda t: halves * (self.dim // t.bk), tile, values, back, **names)
 
     def bound_gradient(self, scans: int = 1) -> None:
         """The gradient of lower_bound, from the chunks' shares of it in each of the scans."""
@@ -202,4 +216,5 @@ class Call:
             steps = [("dlb", "parts", rows, length), ("parts", "d_bound", parts, parts)]
         for x, y, n, each in steps:
             values = dict(N=n, M=columns, L=each, BM=16, BN=64)
-            self.add(row_sum_kernel, cdiv(n, each) * cdiv(columns, 16), tile, values, shares=x, sum=y)
+            count = cdiv(n, each) * cdiv(columns, 16)
+            self.add(row_sum_kernel, lambda _, count=count: count, tile, values, shares=x, sum=y)

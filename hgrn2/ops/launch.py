@@ -4,14 +4,19 @@ The first call of a kind goes through Triton with tensors; later ones start the 
 """
 
 import contextlib
+import functools
 import operator
+import warnings
 
 import torch
 from torch import Tensor
 
 from hgrn2.ops import tiles
+from hgrn2.ops.gates import triton
 
 _compiled = {}
+# kinds of launches that took more of some resource than the device has
+_too_large = set()
 # plans are small, but every new length makes some
 _MOST_PLANS = 512
 # a * b + c in one instruction: Triton's default up to 3.9, which warns that it will not stay
@@ -72,10 +77,18 @@ class Plan:
 
         tensors: the plan's names for the kernel's pointers, where they differ; "none" is absent.
         """
+        self.add_first(kernel, [(programs, options, values)], **tensors)
+
+    def add_first(self, kernel, choices: list[tuple[int, dict, dict]], **tensors: str) -> None:
+        """As `add`, the first of several (programs, options, values) that the device has the resources for."""
         names = kernel.arg_names
         count = sum(name.endswith("_ptr") for name in names)
         pointers = [tensors.get(name[:-4], name[:-4]) for name in names[:count]]
-        self.steps.append((kernel, programs, options, pointers, tuple(values[name] for name in names[count:])))
+        found = []
+        for programs, options, values in choices:
+            rest = tuple(values[name] for name in names[count:])
+            found.append((programs, options, rest, self._kind(kernel, options, rest)))
+        self.steps.append((kernel, pointers, found))
 
     def run(self, tensors: dict[str, Tensor | None], *buffers: tuple[Slots, Tensor]) -> None:
         """Launch everything; `tensors` and the slots of `buffers` together hold all names."""
@@ -106,8 +119,9 @@ class Plan:
         if tiles.INTERPRET:
             return False
         launches = []
-        for kernel, programs, options, pointers, rest in self.steps:
-            run = _compiled.get(self._kind(kernel, options, rest))
+        for _, pointers, choices in self.steps:
+            programs, _, rest, kind = _untried(choices)[0]
+            run = _compiled.get(kind)
             if run is None:
                 return False
             launches.append((programs, *run, operator.itemgetter(*pointers), rest))
@@ -115,10 +129,34 @@ class Plan:
         return True
 
     def _compile(self, tensors: dict[str, Tensor | None]) -> None:
-        for kernel, programs, options, pointers, rest in self.steps:
-            found = kernel[(programs,)](*(tensors[name] for name in pointers), *rest, **options, **FUSED)
+        for kernel, pointers, choices in self.steps:
+            found, kind = _launch_first(kernel, _untried(choices), [tensors[name] for name in pointers])
             if not tiles.INTERPRET:
-                _compiled[self._kind(kernel, options, rest)] = found.run, found.function, found.packed_metadata
+                _compiled[kind] = found.run, found.function, found.packed_metadata
+
+
+def _untried(choices: list[tuple]) -> list[tuple]:
+    """Those not known to be too large; the last one in any case, for its error."""
+    return [choice for choice in choices if choice[3] not in _too_large] or choices[-1:]
+
+
+def _launch_first(kernel, choices: list[tuple], pointers: list[Tensor | None]) -> tuple:
+    """Launch the first choice that fits, and return what Triton compiled with its kind."""
+    for programs, options, rest, kind in choices:
+        try:
+            return kernel[(programs,)](*pointers, *rest, **options, **FUSED), kind
+        except triton.OutOfResources as error:  # before the launch: nothing has run
+            if kind == choices[-1][3]:
+                raise
+            _too_large.add(kind)
+            asked = f"{error.name} {error.required} of {error.limit} with Triton {triton.__version__}"
+            _say_once(f"{kernel.fn.__name__} runs on a smaller tile: its first takes {asked}")
+    raise AssertionError("no choices")
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 class Plans(dict):

@@ -1,4 +1,8 @@
-"""The table of tiles: how each head dim and dtype is cut up. Fixed, so that nothing is tuned at run time."""
+"""The table of tiles: how each head dim and dtype is cut up. Fixed, so that nothing is tuned at run time.
+
+How much shared memory a tile takes differs by chip and by Triton's version: where the table's tile takes more than a
+device has, the first smaller one that fits is taken. tests/ops/test_aot.py compiles all of them for every chip.
+"""
 
 import dataclasses
 import functools
@@ -17,17 +21,32 @@ class Kernel:
     """Tile of one kernel: key channels `bk`, value channels `bv`, warps, pipeline stages.
 
     For the factor kernel, `bk` is channels (of several heads if the head dim is smaller) and `bv` tokens at a time.
+    needs: bytes of shared memory that it takes with some Triton version of the supported range on a chip that may not
+    have them; 0 for tiles that fit on all.
     """
 
     bk: int
     bv: int
     warps: int
     stages: int = 1
+    needs: int = 0
 
     @property
     def options(self) -> dict:
         """What Triton calls them."""
         return {"num_warps": self.warps}
+
+    def candidates(self, shared: int) -> list["Kernel"]:
+        """This tile if it fits into `shared` bytes, then ever smaller ones, for a Triton that takes more than known."""
+        tile, found = dataclasses.replace(self, needs=0), [] if self.needs > shared else [self]
+        while tile.stages > 1:
+            tile = dataclasses.replace(tile, stages=tile.stages - 1)
+            found.append(tile)
+        for side in ("bv", "bk"):
+            while getattr(tile, side) > 16:
+                tile = dataclasses.replace(tile, **{side: getattr(tile, side) // 2})
+                found.append(tile)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +116,16 @@ def pair(tiles: Tiles) -> Tiles:
         warps = 2 * tiles.grad.warps if tiles.grad.warps < 4 else 4
         return dataclasses.replace(tiles, grad=dataclasses.replace(tiles.grad, warps=warps))
     out, dv, grad = (dataclasses.replace(x, bv=min(64, x.bv)) for x in (tiles.out, tiles.dv, tiles.grad))
-    return dataclasses.replace(tiles, out=out, dv=dv, grad=dataclasses.replace(grad, warps=8))
+    needs = 120 * 1024 if tiles.grad.stages > 1 else 0  # Triton 3.8; 112 KiB with 3.5
+    return dataclasses.replace(tiles, out=out, dv=dv, grad=dataclasses.replace(grad, warps=8, needs=needs))
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may have."""
+    if device.type != "cuda":
+        return 1 << 30
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def output_precision(dtype: torch.dtype) -> str:

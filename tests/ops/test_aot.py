@@ -1,6 +1,9 @@
-"""Every shipped tile compiles ahead of time, without a GPU, and fits each chip's shared memory; spills are recorded.
+"""Every shipped tile compiles ahead of time, without a GPU, and fits each chip's memories; spills are recorded.
 
-HGRN2_AOT_REPORT=aot.json python -m pytest tests/ops/test_aot.py
+    HGRN2_AOT_REPORT=aot.json python -m pytest tests/ops/test_aot.py
+
+Besides the installed Triton, those in folders of `HGRN2_TRITONS` (`pip install --no-deps --target FOLDER triton==...`,
+separated as in PATH) compile the kernels that take most, down to where shared memory is known.
 """
 
 import json
@@ -30,8 +33,15 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 KERNELS = 23
 
 
-def variants(dim: int, dtype: torch.dtype):
-    """(label, kernel, constants, absent arguments, options) of all kernels of one row of the table of tiles."""
+# columns of tensor memory that a program may have, where a chip has some
+TENSOR_MEMORY = 512
+# the kernels that take most shared memory
+LARGE = {"state0", "out", "value_grad", "grad", "safe_grad", "pair_out", "pair_value_grad", "pair_grad"}
+
+
+def variants(dim: int, dtype: torch.dtype, shared: int):
+    """(label, kernel, constants, absent arguments, options) of all kernels of one row of the table of tiles, on a chip
+    with `shared` bytes of shared memory a program."""
     from hgrn2.ops import (
         chunk_bwd,
         chunk_factors,
@@ -54,6 +64,7 @@ def variants(dim: int, dtype: torch.dtype):
     )  # fmt: skip
 
     def variant(label, kernel, t, absent=(), **constants):
+        t = t.candidates(shared)[0]
         constants = common | dict(BK=t.bk, BV=t.bv, STAGES=t.stages) | constants
         constants = {name: constants[name] for name in kernel.arg_names if name in constants}
         return label, kernel, constants, ["table_ptr", *absent], t.options
@@ -88,8 +99,28 @@ def variants(dim: int, dtype: torch.dtype):
         yield variant(f"safe_grad{label}", chunk_safe_bwd.chunk_safe_grad_kernel, cfg.safe_grad, **ways)
 
 
+class Known(Exception):
+    """Raised with a kernel's metadata once its memories are known."""
+
+
+def stop_early() -> None:
+    """Have Triton compile no further than `Known`: the assembler would take most of the time."""
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    add_stages = CUDABackend.add_stages
+
+    def without_assembler(self, stages, *args):
+        def stop(source, metadata):
+            raise Known(metadata)
+
+        add_stages(self, stages, *args)
+        stages["ptx"] = stop
+
+    CUDABackend.add_stages = without_assembler
+
+
 def compile_for(capability: int, kernel, dtype: torch.dtype, constants: dict, absent: list, options: dict) -> dict:
-    """Shared memory and (where the tools can tell) registers and bytes of stack of one compiled kernel."""
+    """Shared and tensor memory and (where the tools can tell) registers and bytes of stack of one compiled kernel."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -112,8 +143,12 @@ def compile_for(capability: int, kernel, dtype: torch.dtype, constants: dict, ab
             if "stride" in name and not parameter.do_not_specialize:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, values, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options | FUSED)
-    row = {"shared": compiled.metadata.shared}
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options | FUSED)
+    except Known as known:
+        (metadata,) = known.args
+        return {"shared": metadata["shared"], "tensor": metadata.get("tmem_size") or 0}
+    row = {"shared": compiled.metadata.shared, "tensor": getattr(compiled.metadata, "tmem_size", None) or 0}
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if tool.exists():
         path = Path(f"{os.environ['TRITON_CACHE_DIR']}/{os.getpid()}.cubin")
@@ -125,14 +160,22 @@ def compile_for(capability: int, kernel, dtype: torch.dtype, constants: dict, ab
     return row
 
 
-def main(capability: int, rows: list[str]) -> None:
+def report_on(of, *args) -> None:
+    """Print what `of(*args)` finds, for `compiled_apart`."""
+    if sys.argv[1] == "1":
+        stop_early()
+    print(json.dumps({"triton": triton.__version__, "report": of(*args)}))
+
+
+def compiled_rows(capability: int, rows: list[str]) -> dict:
     report = {}
     for row in rows:
         name, dim = row.split(":")
         dtype = next(d for d, n in NAMES.items() if n == name)
-        for label, kernel, constants, absent, options in variants(int(dim), dtype):
-            report[f"{row} {label}"] = compile_for(capability, kernel, dtype, constants, absent, options)
-    print(json.dumps(report))
+        for label, kernel, constants, absent, options in variants(int(dim), dtype, SHARED[capability]):
+            if sys.argv[1] == "0" or label in LARGE:
+                report[f"{row} {label}"] = compile_for(capability, kernel, dtype, constants, absent, options)
+    return report
 
 
 def record(capability: int, report: dict) -> None:
@@ -151,17 +194,33 @@ def record(capability: int, report: dict) -> None:
         Path(path).write_text(json.dumps(known, indent=1) + "\n")
 
 
-def check(capability: int, rows: list[str], folder: Path) -> None:
-    # a process of its own: here Triton may be its interpreter
+def compiled_apart(file: str, folder: Path, other: str | None, *args) -> dict:
+    """What `file` reports from a process of its own (here Triton may be its interpreter), run with `args`.
+
+    other: the folder of a Triton to use; a second argument tells the file of it.
+    """
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder)}
-    command = [sys.executable, __file__, str(capability), *rows]
+    if other is not None:
+        env["PYTHONPATH"] = os.pathsep.join([other, *filter(None, [env.get("PYTHONPATH")])])
+    command = [sys.executable, file, str(int(other is not None)), *map(str, args)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert len(report) == KERNELS * len(rows)
-    record(capability, report)
-    too_large = {name: row["shared"] for name, row in report.items() if row["shared"] > SHARED[capability]}
-    assert not too_large
+    found = json.loads(done.stdout.splitlines()[-1])
+    if other is not None:
+        assert list(Path(other).glob(f"triton-{found['triton']}*.dist-info"))
+    return found["report"]
+
+
+def check(capability: int, rows: list[str], folder: Path, other: str | None = None) -> None:
+    report = compiled_apart(__file__, folder, other, capability, *rows)
+    assert len(report) == (KERNELS if other is None else len(LARGE)) * len(rows)
+    if other is None:
+        record(capability, report)
+    assert not {name: row for name, row in report.items() if row["shared"] > SHARED[capability]}
+    assert not {name: row for name, row in report.items() if row["tensor"] > TENSOR_MEMORY}
+
+
+OTHERS = [path for path in os.environ.get("HGRN2_TRITONS", "").split(os.pathsep) if path]
 
 
 # each row of the table once, each chip at least once; all rows on all chips under -m slow
@@ -175,16 +234,32 @@ ROUND = {
 }
 
 
+EVERY = [f"{name}:{dim}" for name in NAMES.values() for dim in (16, 32, 64, 128, 256)]
+
+
 @pytest.mark.parametrize("capability", ROUND)
 def test_tiles_compile_and_fit(capability, tmp_path):
     check(capability, ROUND[capability], tmp_path)
 
 
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("capability", ROUND)
+def test_tiles_fit_with_other_versions_of_triton(capability, other, tmp_path):
+    check(capability, ROUND[capability], tmp_path, other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("capability", SHARED)
+def test_every_tile_fits_with_other_versions_of_triton(capability, other, tmp_path):
+    check(capability, EVERY, tmp_path, other)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", SHARED)
 def test_every_tile_on_every_chip(capability, tmp_path):
-    check(capability, [f"{name}:{dim}" for name in NAMES.values() for dim in (16, 32, 64, 128, 256)], tmp_path)
+    check(capability, EVERY, tmp_path)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    report_on(compiled_rows, int(sys.argv[2]), sys.argv[3:])

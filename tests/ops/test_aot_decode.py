@@ -1,15 +1,12 @@
 """The decoding kernels compile ahead of time for every chip, without a GPU, fit its shared memory and do not spill."""
 
-import json
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from test_aot import SHARED, compile_for
+from test_aot import OTHERS, SHARED, compile_for, compiled_apart, report_on
 
 
 def variants(capability: int):
@@ -34,19 +31,18 @@ def variants(capability: int):
 
 
 @pytest.mark.parametrize("capability", [86, 90, *(pytest.param(c, marks=pytest.mark.slow) for c in (80, 89, 100, 120))])
-def test_decoding_kernels_compile_and_fit(capability, tmp_path):
-    # a process of its own: here Triton may be its interpreter
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, __file__, str(capability)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(done.stdout.splitlines()[-1])
+@pytest.mark.parametrize("other", [None, *OTHERS])
+def test_decoding_kernels_compile_and_fit(capability, other, tmp_path):
+    report = compiled_apart(__file__, tmp_path, other, capability)
     assert len(report) == 17
     assert not {name: row for name, row in report.items() if row["shared"] > SHARED[capability] or row.get("stack")}
 
 
+def compiled(capability: int) -> dict:
+    return {
+        label: compile_for(capability, kernel, torch.bfloat16, *rest) for label, kernel, *rest in variants(capability)
+    }
+
+
 if __name__ == "__main__":
-    chip = int(sys.argv[1])
-    print(
-        json.dumps({label: compile_for(chip, kernel, torch.bfloat16, *rest) for label, kernel, *rest in variants(chip)})
-    )
+    report_on(compiled, int(sys.argv[2]))
