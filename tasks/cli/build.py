@@ -19,6 +19,7 @@ from tasks.cli import arguments as args
 from tasks.cli import compose
 from tasks.cli.checkpoints import Checkpoints
 from tasks.cli.loggers import LOGGERS, make_loggers
+from tasks.cli.record import Record
 from tasks.cli.reliability import Guard
 from tasks.cli.runs import AtomicCheckpointIO, Choice, check_fits, choose, new_run, read_checkpoint
 from tasks.cli.signals import Signals
@@ -135,6 +136,8 @@ class TaskCLI(LightningCLI):
     def make_trainer(self) -> Trainer:
         fit = self.request.command == "fit"
         settings, start = self.config_init["trainer"], self.choice.checkpoint
+        if fit and (key := next((key for key in ("max_steps", "max_epochs") if settings[key] == 0), None)):
+            raise ConfigError(f"trainer.{key}=0: nothing to train (-1: no limit)")
         names = [] if settings["logger"] is False else self.config["logger"].split(",")
         make_loggers(names, self.task, None, None)  # a wrong name is refused before a folder is made
         if start:
@@ -147,7 +150,8 @@ class TaskCLI(LightningCLI):
         if self.folder and settings["enable_checkpointing"] is not False:
             checkpoints.folder = self.folder / "checkpoints"
         guard = Guard(self.signals, checkpoints, start)
-        settings["callbacks"] = [guard, *_listed(settings["callbacks"])]
+        record = Record(self.folder and self.folder / "config.yaml", self.task, self.resolved, self.changed, self.fresh)
+        settings["callbacks"] = [guard, record, *_listed(settings["callbacks"])]
         settings["plugins"] = [*_listed(settings["plugins"]), AtomicCheckpointIO()]
         step = self.start_step if self.choice.run else None
         own = [] if isinstance(settings["logger"], bool) else _listed(settings["logger"])
