@@ -19,9 +19,9 @@ from tasks.cli import arguments as args
 from tasks.cli import compose
 from tasks.cli.checkpoints import Checkpoints
 from tasks.cli.loggers import LOGGERS, make_loggers
-from tasks.cli.record import Record
 from tasks.cli.reliability import Guard
-from tasks.cli.runs import AtomicCheckpointIO, Choice, check_fits, choose, new_run, read_checkpoint
+from tasks.cli.runs import AtomicCheckpointIO, Choice, check_fits, choose, new_run, read_checkpoint, run_around
+from tasks.cli.settings import check_processes, check_trainer
 from tasks.cli.signals import Signals
 
 DECISION = "HGRN2_RUN"  # what rank 0 decided, for the children that Lightning's launcher starts
@@ -48,6 +48,7 @@ class TaskCLI(LightningCLI):
         self.folder: Path | None = None
         self.fresh = False
         self.start_step = 0
+        self.guard: Guard | None = None
         model_class, data_class = TASKS[domain]
         super().__init__(
             model_class,
@@ -133,13 +134,17 @@ class TaskCLI(LightningCLI):
         self.config_init = self.parser.instantiate(self.config)
         self.model, self.datamodule = self.config_init["model"], self.config_init["data"]
 
+    @property
+    def stepped(self) -> bool:
+        """Whether this process has taken a step, or evaluated a batch."""
+        return self.guard is not None and self.guard.stepped
+
     def make_trainer(self) -> Trainer:
         fit = self.request.command == "fit"
         settings, start = self.config_init["trainer"], self.choice.checkpoint
-        if fit and (key := next((key for key in ("max_steps", "max_epochs") if settings[key] == 0), None)):
-            raise ConfigError(f"trainer.{key}=0: nothing to train (-1: no limit)")
         names = [] if settings["logger"] is False else self.config["logger"].split(",")
         make_loggers(names, self.task, None, None)  # a wrong name is refused before a folder is made
+        check_trainer(self.request.command, settings, resumes=start is not None)
         if start:
             checkpoint = read_checkpoint(start, training=fit)
             check_fits(self.model, checkpoint, start)
@@ -149,9 +154,10 @@ class TaskCLI(LightningCLI):
         checkpoints: Checkpoints = self.config_init["checkpoint"]
         if self.folder and settings["enable_checkpointing"] is not False:
             checkpoints.folder = self.folder / "checkpoints"
-        guard = Guard(self.signals, checkpoints, start)
-        record = Record(self.folder and self.folder / "config.yaml", self.task, self.resolved, self.changed, self.fresh)
-        settings["callbacks"] = [guard, record, *_listed(settings["callbacks"])]
+        # Where Lightning would look for a SLURM checkpoint of anybody's, and put what has no other place.
+        settings["default_root_dir"] = self.folder or (start and run_around(start)) or self.root
+        self.guard = Guard(self.signals, checkpoints, start)
+        settings["callbacks"] = [self.guard, *_listed(settings["callbacks"])]
         settings["plugins"] = [*_listed(settings["plugins"]), AtomicCheckpointIO()]
         step = self.start_step if self.choice.run else None
         own = [] if isinstance(settings["logger"], bool) else _listed(settings["logger"])
@@ -166,9 +172,7 @@ class TaskCLI(LightningCLI):
             raise ConfigError(
                 f"trainer.strategy={self.config['trainer']['strategy']}: use ddp, which starts processes anew"
             )
-        environment = getattr(trainer.strategy, "cluster_environment", None)
-        if trainer.num_nodes > 1 and not environment.creates_processes_externally:
-            raise ConfigError(f"trainer.num_nodes={trainer.num_nodes}: start every node with torchrun or srun")
+        check_processes(trainer)
         return trainer
 
     def _make_folder(self) -> None:

@@ -4,16 +4,20 @@ import json
 import logging
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from hgrn2.config import ConfigError
+from tasks.cli import compose
 from tasks.cli.arguments import Request
 from tasks.cli.build import DECISION, Done, TaskCLI
+from tasks.cli.loggers import RunTensorBoard
+from tasks.cli.refusals import refusal
 from tasks.cli.reliability import say
 from tasks.cli.runs import discard, run_around, write_atomically
 from tasks.cli.signals import Leave, Signals, status
@@ -30,6 +34,8 @@ def run(cli: TaskCLI) -> None:
     )
     arguments = {"datamodule": cli.datamodule, "ckpt_path": start, "weights_only": True}
     try:
+        if command == "fit" and cli.folder and rank_zero_only.rank == 0:
+            save_config(cli, cli.folder / "config.yaml")
         result = getattr(cli.trainer, command)(cli.model, **arguments)
     except Leave:
         tell(*where_next(cli))
@@ -39,6 +45,17 @@ def run(cli: TaskCLI) -> None:
     if command == "predict" and result is not None:
         save_predictions(cli, result)
     tell(*where_next(cli))
+
+
+def save_config(cli: TaskCLI, path: Path) -> None:
+    text = compose.to_yaml(cli.resolved)
+    head = f"# task: {cli.task}\n# command: {' '.join(sys.argv[1:])}\n"
+    write_atomically(path, lambda file: file.write((head + text).encode()))
+    for logger in cli.trainer.loggers:
+        if isinstance(logger, RunTensorBoard):
+            logger.log_settings({"task": cli.task} | {key: compose.at(cli.resolved, key) for key in cli.changed})
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text("config", "    " + text.replace("\n", "\n    "), cli.start_step)
 
 
 def save_predictions(cli: TaskCLI, result: Any) -> None:
@@ -69,12 +86,8 @@ def tell(*lines: Any) -> None:
 def close(cli: TaskCLI, completed: bool) -> None:
     """After a failure: no child lives on, and no folder of a run that never trained stays behind."""
     cli.signals.end_children(orderly=completed)
-    if cli.fresh and not completed and not trained(cli):
+    if cli.fresh and not completed and not cli.stepped:
         discard(cli.folder)
-
-
-def trained(cli: TaskCLI) -> bool:
-    return getattr(cli, "trainer", None) is not None and cli.trainer.global_step > 0
 
 
 def _text(path: Path | None) -> str | None:
@@ -90,10 +103,22 @@ def execute(request: Request, signals: Signals) -> None:
     """Builds and runs."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.checkpoint_connector"):
         logging.getLogger(name).addFilter(lambda record: not _is_noise(record))
+    cli = None
     try:
-        _run(TaskCLI(request, signals))
+        cli = TaskCLI(request, signals)
+        _run(cli)
     except Done:
         return
+    except ConfigError:
+        raise
+    except Exception as error:
+        stepped = cli is not None and cli.stepped
+        text = refusal(error, stepped)
+        if text is None:
+            raise
+        if stepped:
+            tell(*where_next(cli))
+        raise ConfigError(text) from error
 
 
 def _run(cli: TaskCLI) -> None:
@@ -103,7 +128,7 @@ def _run(cli: TaskCLI) -> None:
         run(cli)
         completed = True
     except Leave:
-        completed = trained(cli)  # all ranks leave together
+        completed = cli.stepped  # all ranks leave together
         raise
     except RuntimeError as error:
         # On macOS a signal to the whole group ends the data workers (see outlive_signals), and their loss ends us.
@@ -112,18 +137,5 @@ def _run(cli: TaskCLI) -> None:
         name = signal.Signals(cli.signals.received).name
         tell(*where_next(cli))
         raise Leave(status(cli.signals.received), f"{name}: stopped, a data worker had ended") from error
-    except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
-        # Before the first step these are Lightning's words for settings that don't go together.
-        if isinstance(error, ConfigError) or trained(cli) or not _about_settings(error):
-            raise
-        raise ConfigError(" ".join(str(error).split())) from error
     finally:
         close(cli, completed)
-
-
-def _about_settings(error: Exception) -> bool:
-    """Whether Lightning's Trainer itself refused, not the model's or the data's code."""
-    trace = error.__traceback__
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    return "lightning" in Path(trace.tb_frame.f_code.co_filename).parts

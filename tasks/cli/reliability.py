@@ -12,10 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.console import Console
 
 from hgrn2.config import ConfigError
 from tasks.cli.checkpoints import Checkpoints
+from tasks.cli.settings import check_loop, check_monitors
 from tasks.cli.signals import Leave, Signals, status
 
 NEVER = 2**62  # larger than any step
@@ -36,6 +38,7 @@ class Guard(Callback):
     def __init__(self, signals: Signals, checkpoints: Checkpoints, start: Path | None = None) -> None:
         self.signals, self.checkpoints, self.start = signals, checkpoints, start
         checkpoints.guard = self
+        self.stepped = False  # whether this process has taken a step, or evaluated a batch outside of training
         self.stopping = 0  # the signal that all ranks agreed to obey
         self._group: Any = None
         self._step = 0
@@ -64,7 +67,12 @@ class Guard(Callback):
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group)
         return tensor.tolist()
 
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_monitors(trainer)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for note in check_loop(trainer):
+            rank_zero_info(note)
         self.signals.deferred = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -82,6 +90,7 @@ class Guard(Callback):
             self._first_bad = step if self._first_bad is None else torch.minimum(self._first_bad, step)
         if trainer.global_step == self._step:
             return  # inside an accumulation
+        self.stepped = True
         free = self._first_bad is None or self._first_bad.device.type == "cpu"
         look = free or trainer.global_step % max(trainer.log_every_n_steps, 1) == 0
         self.stopping, bad = self._agree(self.signals.received or 0, -self._bad_step() if look else -NEVER)
@@ -126,7 +135,13 @@ class Guard(Callback):
             # Ranks may hold different numbers of batches: agree only on those that all of them have.
             self._common_val_batches = 0 if mine == float("inf") else -self._agree(-int(mine))[0]
 
+    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.stepped = True
+
+    on_predict_batch_end = on_test_batch_end
+
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        self.stepped |= trainer.state.fn != "fit"
         if self._common_val_batches > 0 and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._common_val_batches -= 1
             self.stopping = self._agree(self.signals.received or 0)[0]
