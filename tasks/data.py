@@ -62,18 +62,34 @@ def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 class TrainOrder:
-    """Batches of keys for one rank, from global batch `start()` on, for one epoch's worth of batches."""
+    """Batches of keys for one rank, from global batch `start()` on, for one epoch's worth of batches.
 
-    def __init__(self, size: int, batch_size: int, seed: int, rank: int, world_size: int, start: Callable[[], int]):
+    With `repeat`, every epoch is the first so many batches of the first epoch, augmentation included.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        start: Callable[[], int],
+        repeat: int = 0,
+    ):
         self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.rank, self.world_size, self.start = rank, world_size, start
+        self.rank, self.world_size, self.start, self.repeat = rank, world_size, start, repeat
 
     def __len__(self) -> int:
         return self.size // self.batch_size
 
+    def _place(self, position: int) -> tuple[int, int]:
+        """The epoch, and the batch in it, of a global batch."""
+        return (0, position % self.repeat) if self.repeat else divmod(position, len(self))
+
     def batch(self, position: int, order: np.ndarray | None = None) -> list[SampleKey]:
         """This rank's share of the global batch at `position` (counted from the start of the run)."""
-        epoch, offset = divmod(position, len(self))
+        epoch, offset = self._place(position)
         order = epoch_order(self.seed, epoch, self.size) if order is None else order
         share = self.batch_size // self.world_size
         begin = offset * self.batch_size + self.rank * share
@@ -84,7 +100,7 @@ class TrainOrder:
         # Lightning ends an epoch by its own count, so running into the next one is harmless and keeps
         # epochs shortened by limit_train_batches moving through the data
         for position in range(start, start + len(self)):
-            epoch = position // len(self)
+            epoch, _ = self._place(position)
             if drawn != epoch:
                 order, drawn = epoch_order(self.seed, epoch, self.size), epoch
             yield self.batch(position, order)
@@ -195,6 +211,14 @@ class TaskData(LightningDataModule):
         """Global training batches an epoch, before any limit of the Trainer's."""
         return len(self.splits["train"]) // self.batch_size
 
+    def _overfit_batches(self, batches: int, what: str = "training") -> int:
+        """How many of so many batches trainer.overfit_batches repeats; 0 without it."""
+        limit = self.trainer.overfit_batches if self.trainer else 0
+        repeated = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
+        if limit and not repeated:
+            raise ConfigError(f"trainer.overfit_batches={limit} of {batches} {what} batches is none: give a number")
+        return repeated
+
     def consumed_batches(self) -> int:
         """Global batches that training has consumed since the start of the run."""
         return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0
@@ -215,14 +239,17 @@ class TaskData(LightningDataModule):
                 f"number ({world_size}: trainer.devices x trainer.num_nodes)"
             )
         self._check_resumed()
-        order = TrainOrder(size, self.batch_size, self.seed, rank, world_size, self.consumed_batches)
+        repeat = self._overfit_batches(self.train_batches())
+        order = TrainOrder(size, self.batch_size, self.seed, rank, world_size, self.consumed_batches, repeat)
         return self._loader("train", order)
 
     def _eval_loader(self, split: str, mixed: bool = True) -> Loader:
         return self._loader(split, EvalOrder(len(self.splits[split]), self.eval_batch_size, *self._ranks, mixed))
 
     def val_dataloader(self) -> Loader:
-        return self._eval_loader("val")
+        loader = self._eval_loader("val")
+        self._overfit_batches(len(loader), "validation")
+        return loader
 
     def test_dataloader(self) -> Loader:
         return self._eval_loader("test")
@@ -246,7 +273,8 @@ class TaskData(LightningDataModule):
             for array in self.splits["train"].content():
                 digest.update(np.ascontiguousarray(array))
             self._digest = digest.hexdigest()[:16]
-        return {"batch_size": self.batch_size, "seed": self.seed, "training_data": self._digest}
+        signature = {"batch_size": self.batch_size, "seed": self.seed, "training_data": self._digest}
+        return signature | {"overfit_batches": self._overfit_batches(self.train_batches())}
 
     def _check_resumed(self) -> None:
         if not self._resumed:
@@ -257,6 +285,9 @@ class TaskData(LightningDataModule):
             for key in ("batch_size", "seed")
             if now[key] != then[key]
         ]
+        repeats = then.get("overfit_batches", 0)  # unknown to earlier versions
+        if now["overfit_batches"] != repeats:
+            problems.append(f"trainer.overfit_batches repeats {now['overfit_batches']} batches (checkpoint: {repeats})")
         if now["training_data"] != then["training_data"]:
             problems.append("the training data is not the checkpoint's (other files, or other data.* settings)")
         consumed = self.consumed_batches() * self.batch_size

@@ -31,6 +31,12 @@ def test_any_position_continues_the_same_order():
         assert resumed[: len(straight) - start] == straight[start : start + 5]
 
 
+@pytest.mark.parametrize("start", [0, 1, 5, 8])
+def test_overfitting_repeats_the_first_batches_wherever_it_starts(start):
+    repeated = list(TrainOrder(23, 4, 3, 0, 1, lambda: start, repeat=2))
+    assert repeated == [batches(0)[position % 2] for position in range(start, start + 5)]
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_ranks_share_the_global_batch(world):
     parts = [batches(7, rank=rank, world=world) for rank in range(world)]
