@@ -202,6 +202,11 @@ class Task(LightningModule):
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "test")
 
+    def evaluation_names(self, stage: str) -> list[str]:
+        """What an evaluation logs: `val/loss` and so on."""
+        names = ["loss", *self.metrics[stage].keys(), *self.derived_metrics(torch.zeros(()))]
+        return sorted(f"{stage}/{name}" for name in names)
+
     def _finish(self, stage: str) -> None:
         loss = self.losses[stage].compute()
         values = {"loss": loss, **self.metrics[stage].compute(), **self.derived_metrics(loss)}

@@ -19,6 +19,7 @@ from tasks.cli import arguments as args
 from tasks.cli import compose
 from tasks.cli.checkpoints import Checkpoints
 from tasks.cli.loggers import LOGGERS, make_loggers
+from tasks.cli.record import Record
 from tasks.cli.reliability import Guard
 from tasks.cli.runs import AtomicCheckpointIO, Choice, check_fits, choose, new_run, read_checkpoint, run_around
 from tasks.cli.settings import check_processes, check_trainer
@@ -157,7 +158,8 @@ class TaskCLI(LightningCLI):
         # Where Lightning would look for a SLURM checkpoint of anybody's, and put what has no other place.
         settings["default_root_dir"] = self.folder or (start and run_around(start)) or self.root
         self.guard = Guard(self.signals, checkpoints, start)
-        settings["callbacks"] = [self.guard, *_listed(settings["callbacks"])]
+        record = Record(self.folder and self.folder / "config.yaml", self.task, self.resolved, self.changed, self.fresh)
+        settings["callbacks"] = [self.guard, record, *_listed(settings["callbacks"])]
         settings["plugins"] = [*_listed(settings["plugins"]), AtomicCheckpointIO()]
         step = self.start_step if self.choice.run else None
         own = [] if isinstance(settings["logger"], bool) else _listed(settings["logger"])

@@ -82,6 +82,21 @@ class Checkpoints(Checkpoint):
     def best_model_path(self) -> str:
         return str(self.folder / "best.ckpt") if self.folder and self.best_score is not None else ""
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses a monitor that no validation logs, before a resumed run has trained up to its first validation."""
+        known = ("lightning", "tasks")
+        if stage != "fit" or any(
+            type(callback).__module__.split(".")[0] not in known for callback in trainer.callbacks
+        ):
+            return  # somebody's own callback may log whatever it likes
+        names = pl_module.evaluation_names("val")
+        for callback in trainer.callbacks:
+            monitor = getattr(callback, "monitor", None)
+            if callback is self or (isinstance(monitor, str) and monitor.startswith("val/")):
+                key = "checkpoint" if callback is self else f"trainer.callbacks: {type(callback).__name__}"
+                if monitor not in names:
+                    raise ConfigError(f"{key}.monitor={monitor} is not logged; logged: {', '.join(names)}")
+
     def state_dict(self) -> dict[str, Any]:
         return {"best_score": self.best_score, "best_step": self.best_step}
 

@@ -4,19 +4,15 @@ import json
 import logging
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from hgrn2.config import ConfigError
-from tasks.cli import compose
 from tasks.cli.arguments import Request
 from tasks.cli.build import DECISION, Done, TaskCLI
-from tasks.cli.loggers import RunTensorBoard
 from tasks.cli.refusals import refusal
 from tasks.cli.reliability import say
 from tasks.cli.runs import discard, run_around, write_atomically
@@ -34,8 +30,6 @@ def run(cli: TaskCLI) -> None:
     )
     arguments = {"datamodule": cli.datamodule, "ckpt_path": start, "weights_only": True}
     try:
-        if command == "fit" and cli.folder and rank_zero_only.rank == 0:
-            save_config(cli, cli.folder / "config.yaml")
         result = getattr(cli.trainer, command)(cli.model, **arguments)
     except Leave:
         tell(*where_next(cli))
@@ -45,17 +39,6 @@ def run(cli: TaskCLI) -> None:
     if command == "predict" and result is not None:
         save_predictions(cli, result)
     tell(*where_next(cli))
-
-
-def save_config(cli: TaskCLI, path: Path) -> None:
-    text = compose.to_yaml(cli.resolved)
-    head = f"# task: {cli.task}\n# command: {' '.join(sys.argv[1:])}\n"
-    write_atomically(path, lambda file: file.write((head + text).encode()))
-    for logger in cli.trainer.loggers:
-        if isinstance(logger, RunTensorBoard):
-            logger.log_settings({"task": cli.task} | {key: compose.at(cli.resolved, key) for key in cli.changed})
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text("config", "    " + text.replace("\n", "\n    "), cli.start_step)
 
 
 def save_predictions(cli: TaskCLI, result: Any) -> None:

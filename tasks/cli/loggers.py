@@ -3,13 +3,14 @@
 import csv
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers.logger import DummyExperiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.tensorboard.summary import hparams
 
@@ -19,7 +20,43 @@ from tasks.cli.runs import write_atomically
 LOGGERS = ("tensorboard", "csv", "wandb", "none")
 
 
-class RunTensorBoard(TensorBoardLogger):
+class Waiting:
+    """For a logger: touches no file before ``open``. Lightning starts loggers early, before data, model and checkpoint
+    are known to fit, and a command that is refused must leave the folder of the run that it names as it was."""
+
+    opened = False
+    _early: tuple[Callable[[], None], ...] = ()
+
+    @property
+    def experiment(self) -> Any:
+        return super().experiment if self.opened else DummyExperiment()
+
+    def open(self) -> None:
+        """Starts the files, with what was logged until now."""
+        self.opened = True
+        _ = self.experiment
+        for call in self._early:
+            call()
+        self._early = ()
+
+    def _when_open(self, call: Callable[[], None]) -> None:
+        if self.opened:
+            call()
+        else:
+            self._early = (*self._early, call)
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self._when_open(partial(super().log_metrics, metrics, step))
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        self._when_open(partial(super().log_hyperparams, params, *args, **kwargs))
+
+    def save(self) -> None:
+        if self.opened:
+            super().save()
+
+
+class RunTensorBoard(Waiting, TensorBoardLogger):
     """TensorBoard's events in a run folder, without Lightning's `epoch` curve and hparams.yaml (config.yaml has more).
 
     Args:
@@ -72,7 +109,11 @@ class _ContinuingWriter(ExperimentWriter):
         """Nothing is deleted."""
 
 
-class ContinuingCSVLogger(CSVLogger):
+class RunWandb(Waiting, WandbLogger):
+    """Lightning's, which waits."""
+
+
+class ContinuingCSVLogger(Waiting, CSVLogger):
     """``csv/metrics.csv`` of a run folder, continued by a resumed run.
 
     Args:
@@ -84,12 +125,13 @@ class ContinuingCSVLogger(CSVLogger):
         super().__init__(folder, name="", version="csv")
         self.purge_step = purge_step
 
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> Any:
-        if self._experiment is None:
-            self._experiment = _ContinuingWriter(self.log_dir, self.purge_step)
-        return self._experiment
+    def open(self) -> None:
+        self._start()
+        super().open()
+
+    @rank_zero_only
+    def _start(self) -> None:
+        self._experiment = _ContinuingWriter(self.log_dir, self.purge_step)
 
 
 def make_loggers(names: list[str], task: str, folder: Path | None, purge_step: int | None) -> list[Logger]:
@@ -110,5 +152,5 @@ def make_loggers(names: list[str], task: str, folder: Path | None, purge_step: i
         elif name == "wandb":
             # The id makes a resumed run continue its curves.
             key = f"{task}-{folder.name}".replace("/", "-").replace(".", "-")
-            loggers.append(WandbLogger(name=key, id=key, save_dir=folder, project="hgrn2", resume="allow"))
+            loggers.append(RunWandb(name=key, id=key, save_dir=folder, project="hgrn2", resume="allow"))
     return loggers
