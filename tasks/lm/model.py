@@ -30,11 +30,14 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: Tensor, state: Tensor | None = None, return_state: bool = False):
         """Logits, or (logits, state) with `return_state`; state as `HGRN2Backbone.forward`."""
-        x = self.dropout(self.embed(tokens) * self.scale)
         if return_state:
-            x, state = self.backbone(x, state=state, return_state=True)
+            x, state = self.features(tokens, state, return_state=True)
             return self.head(x), state
-        return self.head(self.backbone(x, state=state))
+        return self.head(self.features(tokens, state))
+
+    def features(self, tokens: Tensor, state: Tensor | None = None, return_state: bool = False):
+        """What `head` makes logits of: `[B, T, D]`, or that and the state."""
+        return self.backbone(self.dropout(self.embed(tokens) * self.scale), state=state, return_state=return_state)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: Tensor, gammas: list | None = None) -> Tensor:

@@ -3,11 +3,11 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hgrn2 import HGRN2Config
 from hgrn2.config import check
+from hgrn2.loss import IGNORED, linear_cross_entropy
 from tasks.base import Task, as_config
 from tasks.lm.model import LanguageModel
 from tasks.optim import OptimConfig
@@ -56,16 +56,21 @@ class LMTask(Task):
 
     def _token_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Cross-entropy of each target `[B, T]` and the mask of targets that count."""
+        return self._losses(batch)[1:]
+
+    def _losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The summed loss with its gradients, each target's `[B, T]`, and the mask of targets that count."""
         tokens = batch["tokens"]
-        logits = self.model(tokens[:, :-1])
-        losses = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
         position = torch.arange(tokens.shape[1] - 1, device=tokens.device)
         counts = (position < batch["length"][:, None]) & batch["valid"][:, None]
-        return losses.view(counts.shape), counts
+        target = tokens[:, 1:].masked_fill(~counts, IGNORED)
+        x = self.model.features(tokens[:, :-1])
+        total, losses = linear_cross_entropy(x.flatten(0, 1), self.model.head.weight, target.flatten())
+        return total, losses.view(counts.shape), counts
 
     def compute(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        losses, counts = self._token_losses(batch)
-        total, count = (losses * counts).sum(), counts.sum()
+        total, _, counts = self._losses(batch)
+        count = counts.sum()
         return {"loss": total / count.clamp(min=1), "sum": total, "count": count}
 
     def derived_metrics(self, loss: Tensor) -> dict[str, Tensor]:
@@ -82,7 +87,7 @@ class LMTask(Task):
         """Summed loss (nats) and number of targets of each valid block."""
         losses, counts = self._token_losses(batch)
         valid = batch["valid"]
-        return {"loss": (losses * counts).sum(1)[valid], "targets": counts.sum(1)[valid]}
+        return {"loss": losses.sum(1)[valid], "targets": counts.sum(1)[valid]}
 
     def show_samples(self, writer, batch: dict[str, Tensor], step: int) -> None:
         """Text that continues the prompt; drawn by its own generator, so that training's randomness is untouched."""
