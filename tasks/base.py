@@ -155,12 +155,27 @@ class Task(LightningModule):
             return {}
         return {"acc": (out["preds"] == out["target"]).float().mean()}
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As Lightning, which refuses a fused optimiser in bf16-mixed (where nothing is scaled, so nothing is wrong),
+        and the norm of all gradients is computed once for clipping and logging. Nothing waits for the device."""
         every = self.trainer.log_every_n_steps
-        if every and (self.global_step + 1) % every == 0:
-            grads = [p.grad for p in self.parameters() if p.grad is not None]
-            self.log("train/grad_norm", torch.nn.utils.get_total_norm(grads))
-            self.log("train/lr", optimizer.param_groups[0]["lr"])  # all groups have the same
+        logs = bool(every) and (self.global_step + 1) % every == 0
+        by_norm = gradient_clip_val and gradient_clip_algorithm != "value"
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        if by_norm or logs:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+            if logs:
+                self.log("train/grad_norm", norm)
+                self.log("train/lr", optimizer.param_groups[0]["lr"])  # all groups have the same
+            if by_norm:
+                torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        if gradient_clip_val and not by_norm:
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
 
     def run_length(self) -> Length | None:
         """Optimiser steps of the whole run. Lightning's own estimate builds the loaders before they are restored."""
@@ -173,9 +188,8 @@ class Task(LightningModule):
         return run_length(trainer.max_steps, trainer.max_epochs, batches, trainer.limit_train_batches, accumulate)
 
     def configure_optimizers(self) -> dict:
-        clip = self.trainer.gradient_clip_val
         self.planned, _ = plan(self.optim_config, self.run_length(), self._ran_with)
-        return build_optimizer(self, self.planned, may_fuse(self.device.type, self.trainer.precision, clip))
+        return build_optimizer(self, self.planned, may_fuse(self.device.type, self.trainer.precision))
 
     def on_train_start(self) -> None:
         """By now optimiser and schedule are restored. They follow this run's settings, and what surprises is said."""

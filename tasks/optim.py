@@ -126,13 +126,10 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def may_fuse(device: str, precision: str, clip: float | None) -> bool:
-    """Whether AdamW can run as one fused kernel: on CUDA, but not where Lightning clips gradients in mixed precision.
-
-    Lightning refuses to clip there, also in bf16, where no gradient scaler is involved. In fp16 a fused optimiser would
-    unscale gradients itself, after their norm is logged.
-    """
-    return device == "cuda" and precision != "16-mixed" and not (precision == "bf16-mixed" and clip)
+def may_fuse(device: str, precision: str) -> bool:
+    """Whether AdamW runs as one fused kernel: on CUDA, but not in fp16, where a fused optimiser would unscale gradients
+    itself, after they are clipped and their norm is logged."""
+    return device == "cuda" and precision != "16-mixed"
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig, fused: bool) -> dict:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from lightning import Callback, Trainer
 from torch import nn
 
 from hgrn2 import ConfigError
@@ -102,22 +103,37 @@ def test_bad_values_are_named(changes, message):
 
 
 def test_adamw_sees_the_betas():
-    built = build_optimizer(nn.Linear(2, 2), OptimConfig(betas=[0.8, 0.95]), fused=False)
+    built = build_optimizer(nn.Linear(2, 2), OptimConfig(betas=[0.8, 0.95], schedule="constant"), fused=False)
     assert built["optimizer"].defaults["betas"] == (0.8, 0.95)
     assert isinstance(built["optimizer"], torch.optim.AdamW)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed", "16-mixed"])
-@pytest.mark.parametrize("clip", [None, 0.0, 1.0])
-def test_lightning_clips_what_is_fused(precision, clip):
-    """A fused optimiser is only asked for where Lightning's precision plugin will clip its gradients."""
-    from lightning.pytorch.plugins import MixedPrecision, Precision
+def test_fused_only_where_nothing_else_unscales(precision):
+    assert may_fuse("cuda", precision) == (precision != "16-mixed")
+    assert not may_fuse("cpu", precision)
 
-    layer = nn.Linear(2, 2)
-    layer(torch.ones(1, 2)).sum().backward()
-    fused = may_fuse("cuda", precision, clip)
-    optimizer = build_optimizer(layer, OptimConfig(), fused=fused)["optimizer"]
-    plugin = MixedPrecision(precision, "cpu") if precision.endswith("-mixed") else Precision()
-    plugin.clip_gradients(optimizer, clip or 0)  # raises where it will not
-    assert fused == (precision != "16-mixed" and not (clip and precision == "bf16-mixed"))
-    assert not may_fuse("cpu", precision, clip)
+
+@pytest.mark.parametrize(("algorithm", "limit"), [("norm", 1e-3), ("value", 1e-4), ("norm", None)])
+def test_clipping(algorithm, limit, tmp_path):
+    """Gradients reach the optimiser clipped; the logged norm is theirs before."""
+    seen = {}
+
+    class Look(Callback):
+        def on_before_zero_grad(self, trainer, pl_module, optimizer):
+            grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            if grads:
+                seen["norm"] = torch.nn.utils.get_total_norm(grads).item()
+                seen["value"] = max(g.abs().max().item() for g in grads)
+
+    task, data = TASKS["vision"][0](), TASKS["vision"][1]()
+    trainer = Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, max_steps=2, limit_val_batches=0, log_every_n_steps=1,
+        gradient_clip_val=limit, gradient_clip_algorithm=algorithm, callbacks=[Look()], use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(task, data)
+    logged = trainer.callback_metrics["train/grad_norm"].item()
+    assert logged > 0.01
+    if limit is not None:
+        assert 0.9 * limit < seen[algorithm] <= 1.001 * limit
