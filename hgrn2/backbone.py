@@ -7,7 +7,6 @@ Legend: B batch, T tokens, D width, L layers, H heads, K = V head dim.
 """
 
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from hgrn2.config import HGRN2Config
@@ -19,7 +18,7 @@ from hgrn2.fused import (
     mixer_supported,
     norm_consists,
 )
-from hgrn2.layers import apply_norm, make_glu, make_norm
+from hgrn2.layers import DropPath, apply_norm, make_glu, make_norm
 from hgrn2.mixer import HGRN2Mixer
 
 
@@ -35,26 +34,46 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def _add(self, x: Tensor, branch: Tensor) -> Tensor:
-        return x + self.drop_path(self.dropout(branch))
+    def _drop(self, branch: Tensor) -> Tensor:
+        return self.drop_path(self.dropout(branch))
 
     def _channel_mix(self, x: Tensor, pad: Tensor | None) -> Tensor:
-        return x if self.glu is None else self._add(x, self.glu(apply_norm(self.glu_norm, x, pad)))
+        return x if self.glu is None else x + self._drop(self.glu(apply_norm(self.glu_norm, x, pad)))
 
     def forward(
-        self, x: Tensor, lower_bound: Tensor | None, pad: Tensor | None, **scan
-    ) -> tuple[Tensor, Tensor | None]:
+        self, x: Tensor, branch: Tensor | None, lower_bound: Tensor | None, pad: Tensor | None, **scan
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One layer on `x + branch` (x alone for None).
+
+        The last residual sum is left to who comes next: compiled, it is one launch with the norm that follows it.
+
+        Returns:
+            The stream and the branch that is still to be added to it, both `[B, T, D]`; the scan's state or None.
+        """
+        if branch is not None:
+            x = x + branch
         mixed, state = self.mixer(apply_norm(self.mixer_norm, x, pad), lower_bound, **scan)
-        return self._channel_mix(self._add(x, mixed), pad), state
+        mixed = self._drop(mixed)
+        if self.glu is None:
+            return x, mixed, state
+        x = x + mixed
+        return x, self._drop(self.glu(apply_norm(self.glu_norm, x, pad))), state
 
     def step(self, x: Tensor, state: Tensor, lower_bound: Tensor | None) -> Tensor:
         if not (block_consists(self, Block) and mixer_supported(self.mixer, HGRN2Mixer, x, state, lower_bound)):
             mixed = self.mixer.step(apply_norm(self.mixer_norm, x, None), state, lower_bound)
-            return self._channel_mix(self._add(x, mixed), None)
+            return self._channel_mix(x + self._drop(mixed), None)
         x = fused_mixer_step(self.mixer, x, state, lower_bound, self.mixer_norm)
         if self.glu is not None and norm_consists(self.glu_norm) and glu_supported(self.glu, x):
             return fused_glu_step(self.glu, x, self.glu_norm)
         return self._channel_mix(x, None)
+
+
+class AddNorm(nn.Module):
+    """The last residual sum and the norm after it; a module without state of its own, so that it compiles in place."""
+
+    def forward(self, norm: nn.Module, x: Tensor, branch: Tensor, pad: Tensor | None) -> Tensor:
+        return apply_norm(norm, x + branch, pad)
 
 
 class HGRN2Backbone(nn.Module):
@@ -66,10 +85,20 @@ class HGRN2Backbone(nn.Module):
         rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         self.norm = make_norm(config.final_norm, config.dim, config.norm_eps)
+        self.add_norm = AddNorm()
         # with one layer gamma is 0 whatever the parameter says
         self.lower_bounds = (
             nn.Parameter(torch.ones(config.depth, config.dim)) if config.lower_bound and config.depth > 1 else None
         )
+
+    def compile_blocks(self, **options) -> None:
+        """Compile each block in place (`nn.Module.compile`: keys of checkpoints stay), as whole graphs.
+
+        Blocks of one kind share a graph: the first layer, which has no lower bound, has one and all others another.
+        """
+        for block in self.blocks:
+            block.compile(fullgraph=True, **options)
+        self.add_norm.compile(fullgraph=True, **options)
 
     def gammas(self) -> list[Tensor | None]:
         """Each layer's lower bound gamma `[H, K]` in [0, 1), fp32; None where it is constantly 0 (the first layer)."""
@@ -112,15 +141,15 @@ class HGRN2Backbone(nn.Module):
         if lengths is not None:
             pad = (torch.arange(x.shape[1], device=x.device) >= lengths[:, None]).unsqueeze(-1)
             x = x.masked_fill(pad, 0)
-        finals = []
+        finals, branch = [], None
         for i, (block, gamma) in enumerate(zip(self.blocks, self.gammas(), strict=True)):
             start = None if state is None else state[i]
-            x, final = block(
-                x, gamma, pad,
+            x, branch, final = block(
+                x, branch, gamma, pad,
                 lengths=lengths, cu_seqlens=cu_seqlens, grid=grid, state=start, return_state=return_state,
             )  # fmt: skip
             finals.append(final)
-        x = apply_norm(self.norm, x, pad)
+        x = self.add_norm(self.norm, x, branch, pad)
         if pad is not None:
             x = x.masked_fill(pad, 0)
         return (x, torch.stack(finals)) if return_state else x

@@ -10,11 +10,10 @@ consumes: whoever adds a parameter, a buffer, a child or a hook to one gets its 
 from collections.abc import Iterable
 
 import torch
-from timm.layers import DropPath, GluMlp
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from hgrn2.layers import RMSNorm
+from hgrn2.layers import GLU, DropPath, RMSNorm
 from hgrn2.ops import tiles
 from hgrn2.ops.gates import ACTIVATIONS
 from hgrn2.ops.matvec import early_start, matvec, matvec_supported
@@ -44,15 +43,21 @@ def fused_mixer_step(
     return _linear(mixer.out_proj, o.flatten(1), norm=mixer.norm, residual=residual, start=3 if early else 0)
 
 
-def fused_glu_step(glu: GluMlp, x: Tensor, pre_norm: nn.Module) -> Tensor:
+def fused_glu_step(glu: GLU, x: Tensor, pre_norm: nn.Module) -> Tensor:
     """`x + glu(pre_norm(x))`, right after `fused_mixer_step`."""
     start = 3 if _early(x) else 0
     hidden = _linear(glu.fc1, x, norm=pre_norm, start=start)
     return _linear(glu.fc2, hidden, gate=_GATES[type(glu.act)], residual=x, start=start)
 
 
-def consists_of(module: nn.Module, kind: type, parameters: Iterable[str] = (), children: Iterable[str] = ()) -> bool:
-    """Whether `module` is of `kind` itself and has these parameters and children, no buffers and no hooks.
+def consists_of(
+    module: nn.Module,
+    kind: type,
+    parameters: Iterable[str] = (),
+    children: Iterable[str] = (),
+    buffers: Iterable[str] = (),
+) -> bool:
+    """Whether `module` is of `kind` itself and has these parameters, children and buffers, and no hooks.
 
     Parameters and children may be None.
     """
@@ -61,7 +66,8 @@ def consists_of(module: nn.Module, kind: type, parameters: Iterable[str] = (), c
         type(module) is kind
         and own["_parameters"].keys() == set(parameters)
         and own["_modules"].keys() == set(children)
-        and not (own["_buffers"] or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
+        and own["_buffers"].keys() == set(buffers)
+        and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
     )
 
 
@@ -76,7 +82,7 @@ def block_consists(block: nn.Module, kind: type) -> bool:
     """Whether the block adds nothing to its mixer and GLU but the pre-norms and residuals that go with them."""
     if not consists_of(block, kind, (), ("mixer_norm", "mixer", "glu_norm", "glu", "dropout", "drop_path")):
         return False
-    drops = consists_of(block.drop_path, DropPath) or consists_of(block.drop_path, nn.Identity)
+    drops = consists_of(block.drop_path, DropPath, buffers=("keep",)) or consists_of(block.drop_path, nn.Identity)
     drops = drops and consists_of(block.dropout, nn.Dropout)
     training = block.training or block.drop_path.training or block.dropout.training
     return drops and not training and norm_consists(block.mixer_norm)
@@ -84,7 +90,7 @@ def block_consists(block: nn.Module, kind: type) -> bool:
 
 def glu_consists(glu: nn.Module) -> bool:
     """Whether the GLU is made of what `fused_glu_step` consumes, and of nothing else."""
-    if not consists_of(glu, GluMlp, (), ("fc1", "act", "drop1", "norm", "fc2", "drop2")) or glu.gate_last:
+    if not consists_of(glu, GLU, (), ("fc1", "act", "drop1", "norm", "fc2", "drop2")) or glu.gate_last:
         return False
     drops = all(consists_of(drop, nn.Dropout) and not drop.p for drop in (glu.drop1, glu.drop2))
     act = type(glu.act) in _GATES and consists_of(glu.act, type(glu.act))

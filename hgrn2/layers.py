@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from timm.layers import GluMlp
 from torch import Tensor, nn
 
+from hgrn2.ops.glu import glu
+
 _GLU_ACTS = {None: nn.Identity, "silu": nn.SiLU, "sigmoid": nn.Sigmoid, "gelu": nn.GELU, "relu": nn.ReLU}
 
 
@@ -18,6 +20,28 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         weight = None if self.weight is None else self.weight.to(x.dtype)
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training each row of `[B, ...]` becomes 0 with probability `rate`, the others grow by
+    1 / (1 - rate).
+
+    timm's keeps the rate as a number, which torch.compile compiles in: layers of different rates would not share code.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.register_buffer("keep", torch.tensor(1 - rate), persistent=False)
+
+    def extra_repr(self) -> str:
+        return f"rate={1 - self.keep.item():.3g}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        keep = self.keep.to(x.dtype)
+        row = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) < keep
+        return x * (row / keep).to(x.dtype)
 
 
 class MaskedBatchNorm(nn.BatchNorm1d):
@@ -121,6 +145,17 @@ def apply_norm(norm: nn.Module, x: Tensor, pad: Tensor | None) -> Tensor:
     return norm(x, pad) if isinstance(norm, MaskedBatchNorm) else norm(x)
 
 
-def make_glu(dim: int, width: int, act: str | None, bias: bool) -> GluMlp:
+class GLU(GluMlp):
+    """timm's GLU, `W2 (act(W1 x) * W3 x)`, with its gate in one launch on CUDA."""
+
+    def __init__(self, dim: int, width: int, act: str | None, bias: bool):
+        super().__init__(dim, 2 * width, act_layer=_GLU_ACTS[act], bias=bias, gate_last=False)
+        self.act_name = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(glu(self.fc1(x), self.act_name))
+
+
+def make_glu(dim: int, width: int, act: str | None, bias: bool) -> GLU:
     """`W2 (act(W1 x) * W3 x)` with hidden `width`; W1 and W3 are one projection."""
-    return GluMlp(dim, 2 * width, act_layer=_GLU_ACTS[act], bias=bias, gate_last=False)
+    return GLU(dim, width, act, bias)

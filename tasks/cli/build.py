@@ -24,6 +24,7 @@ from tasks.cli.reliability import Guard
 from tasks.cli.runs import AtomicCheckpointIO, Choice, check_fits, choose, new_run, read_checkpoint, run_around
 from tasks.cli.settings import check_processes, check_trainer
 from tasks.cli.signals import Signals
+from tasks.compilation import Compile, CompileMode
 
 DECISION = "HGRN2_RUN"  # what rank 0 decided, for the children that Lightning's launcher starts
 OURS = ("ckpt_path", "run", "resume")  # settings of one command line, not of a configuration
@@ -68,6 +69,7 @@ class TaskCLI(LightningCLI):
         parser.add_argument("--seed", type=int, default=0, help="seed of weights, sample order and noise")
         parser.add_argument("--run_root", type=str, default="runs", help="where run folders are made and looked for")
         parser.add_argument("--logger", type=str, default="tensorboard", help=f"comma list of {', '.join(LOGGERS)}")
+        parser.add_argument("--compile", type=CompileMode, default="auto", help="what torch.compile compiles")
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="last, best or a file")
         parser.add_argument("--run", type=str | None, default=None, help="a run folder; default: the task's newest")
         parser.add_argument("--resume", type=str | None, default=None, help="auto: continue the newest run, if any")
@@ -159,7 +161,7 @@ class TaskCLI(LightningCLI):
         settings["default_root_dir"] = self.folder or (start and run_around(start)) or self.root
         self.guard = Guard(self.signals, checkpoints, start)
         record = Record(self.folder and self.folder / "config.yaml", self.task, self.resolved, self.changed, self.fresh)
-        settings["callbacks"] = [self.guard, record, *_listed(settings["callbacks"])]
+        settings["callbacks"] = [self.guard, record, Compile(self.config["compile"]), *_listed(settings["callbacks"])]
         settings["plugins"] = [*_listed(settings["plugins"]), AtomicCheckpointIO()]
         step = self.start_step if self.choice.run else None
         own = [] if isinstance(settings["logger"], bool) else _listed(settings["logger"])
