@@ -20,6 +20,7 @@ from hgrn2.fused import (
 )
 from hgrn2.layers import DropPath, apply_norm, make_glu, make_norm
 from hgrn2.mixer import HGRN2Mixer
+from hgrn2.ops.gates import without_autocast
 
 
 class Block(nn.Module):
@@ -104,7 +105,7 @@ class HGRN2Backbone(nn.Module):
         """Each layer's lower bound gamma `[H, K]` in [0, 1), fp32; None where it is constantly 0 (the first layer)."""
         if self.lower_bounds is None:
             return [None] * self.config.depth
-        with torch.autocast(self.lower_bounds.device.type, enabled=False):
+        with without_autocast(self.lower_bounds):
             share = self.lower_bounds.to(torch.promote_types(self.lower_bounds.dtype, torch.float32)).softmax(0)
             # cumsum_k - P_0 and sum_{j<k} P_j for k >= 1, without a difference; rounding must not reach 1
             terms = share[:-1] if self.config.lower_bound == "exclusive" else share[1:]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.layers import GluMlp
 from torch import Tensor, nn
 
+from hgrn2.ops.gates import without_autocast
 from hgrn2.ops.glu import glu
 
 _GLU_ACTS = {None: nn.Identity, "silu": nn.SiLU, "sigmoid": nn.Sigmoid, "gelu": nn.GELU, "relu": nn.ReLU}
@@ -31,10 +32,16 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float):
         super().__init__()
-        self.register_buffer("keep", torch.tensor(1 - rate), persistent=False)
+        self.rate = rate
+        self.register_buffer("keep", torch.empty(()), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """For whoever builds the model on the meta device first: the buffer is in no checkpoint."""
+        self.keep.fill_(1 - self.rate)
 
     def extra_repr(self) -> str:
-        return f"rate={1 - self.keep.item():.3g}"
+        return f"rate={self.rate:.3g}"
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -59,7 +66,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
 
     def forward(self, x: Tensor, pad: Tensor | None = None) -> Tensor:
         """Args: x `[..., D]`; pad `[..., 1]`, True at padding, or None. Statistics are fp32 under autocast too."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             return self._normalize(x.float() if x.dtype != torch.float64 else x, pad).to(x.dtype)
 
     def _normalize(self, x: Tensor, pad: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@
 Source: HGRN2 (arXiv 2404.07904), section 3; lower bounds from HGRN (arXiv 2311.04823), equation 5.
 """
 
+import contextlib
 import os
 
 import torch
@@ -18,6 +19,12 @@ ACTIVATIONS = (None, "silu", "sigmoid")
 
 # exp of these is finite with room for a factor: guards dg / lam where lam underflows (then dg is 0 as well)
 _MAX_NEG_LOG = {torch.float32: 80.0, torch.float64: 700.0}
+
+
+def without_autocast(x: Tensor):
+    """A context in which dtypes are those of the tensors on x's device; some devices (meta) have no autocast at all."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
 
 
 def activate(x: Tensor, name: str | None) -> Tensor:

@@ -87,7 +87,7 @@ class Plan:
         found = []
         for programs, options, values in choices:
             rest = tuple(values[name] for name in names[count:])
-            found.append((programs, options, rest, self._kind(kernel, options, rest)))
+            found.append((programs, options, rest, None if tiles.INTERPRET else self._kind(kernel, options, rest)))
         self.steps.append((kernel, pointers, found))
 
     def run(self, tensors: dict[str, Tensor | None], *buffers: tuple[Slots, Tensor]) -> None:

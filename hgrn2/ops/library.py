@@ -15,7 +15,7 @@ from torch import Tensor
 from hgrn2.ops import directions, tiles
 from hgrn2.ops.directions import DIRECTIONS
 from hgrn2.ops.gates import ACTIVATIONS, triton
-from hgrn2.ops.register import no_second_derivative, refuse_second_derivatives
+from hgrn2.ops.register import count_scan, is_traced, no_second_derivative, refuse_second_derivatives
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -166,6 +166,9 @@ torch.library.register_autograd("hgrn2::chunk_scan", _differentiate, setup_conte
 torch.library.register_autograd("hgrn2::chunk_scan_backward", no_second_derivative, lib=_LIBRARY)
 torch.library.register_vmap("hgrn2::chunk_scan", _no_vmap, lib=_LIBRARY)
 torch.library.register_vmap("hgrn2::chunk_scan_backward", _no_vmap, lib=_LIBRARY)
+count_scan(
+    torch.ops.hgrn2.chunk_scan, torch.ops.hgrn2.chunk_scan_backward, lambda *kind: tiles.tiles_for(*kind).chunk
+)  # fmt: skip
 
 
 def triton_supported(q: Tensor, device: torch.device | None = None, self_test: dict | None = None) -> str | None:
@@ -245,7 +248,7 @@ def triton_scan(
         q, f, v, lower_bound, initial_state, lengths, cu_seqlens, number, output_final_state,
         ACTIVATIONS.index(q_act), ACTIVATIONS.index(v_act), fast_limit,
     )  # fmt: skip
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_traced():
         initial_grad = initial_state is not None and initial_state.requires_grad
         o, final, *_ = torch.ops.hgrn2.chunk_scan(*args, initial_grad)
     else:

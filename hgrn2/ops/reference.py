@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hgrn2.ops.gates import activate
+from hgrn2.ops.gates import activate, without_autocast
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -51,7 +51,7 @@ def recurrent_scan(
     """
     if cu_seqlens is not None:
         return _documents(q, f, v, lower_bound, reverse, initial_state, cu_seqlens, q_act, v_act)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         return _row(q, f, v, lower_bound, reverse, initial_state, lengths, q_act, v_act)
 
 

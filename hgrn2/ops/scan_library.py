@@ -9,7 +9,7 @@ from torch import Tensor
 from hgrn2.ops.directions import DIRECTIONS
 from hgrn2.ops.gates import ACTIVATIONS
 from hgrn2.ops.library import _LIBRARY, _int32, _no_vmap
-from hgrn2.ops.register import no_second_derivative, refuse_second_derivatives
+from hgrn2.ops.register import count_scan, is_traced, no_second_derivative, refuse_second_derivatives
 
 _LIBRARY.define(
     "lane_scan(Tensor q, Tensor f, Tensor v, Tensor? lower_bound, Tensor? initial_state, Tensor? lengths, "
@@ -145,6 +145,7 @@ torch.library.register_autograd("hgrn2::lane_scan", _differentiate, setup_contex
 torch.library.register_autograd("hgrn2::lane_scan_backward", no_second_derivative, lib=_LIBRARY)
 torch.library.register_vmap("hgrn2::lane_scan", _no_vmap, lib=_LIBRARY)
 torch.library.register_vmap("hgrn2::lane_scan_backward", _no_vmap, lib=_LIBRARY)
+count_scan(torch.ops.hgrn2.lane_scan, torch.ops.hgrn2.lane_scan_backward, lambda *_: 0)
 
 
 def lane_scan(
@@ -173,8 +174,7 @@ def lane_scan(
         lower_bound = lower_bound.float().contiguous()
     if initial_state is not None:
         initial_state = initial_state.float()
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    o, final = (torch.ops.hgrn2.lane_scan if traced else _Eager.apply)(
+    o, final = (torch.ops.hgrn2.lane_scan if is_traced() else _Eager.apply)(
         q, f, v, lower_bound, initial_state, lengths, cu_seqlens, DIRECTIONS.index(direction), output_final_state,
         ACTIVATIONS.index(q_act), ACTIVATIONS.index(v_act),
     )  # fmt: skip

@@ -9,10 +9,12 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from hgrn2.ops import tiles
-from hgrn2.ops.gates import ACTIVATIONS, activate, forget_gate, triton
+from hgrn2.ops.gates import ACTIVATIONS, activate, forget_gate, triton, without_autocast
 from hgrn2.ops.launch import kinds, launch, on_device
+from hgrn2.ops.register import is_traced
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # state elements a program: 32 a thread, in rows of 128 bytes for head dim 128
@@ -74,7 +76,7 @@ def torch_step(
 ) -> Tensor:
     """The step in torch, on any device; gates in the state's dtype."""
     dtype = state.dtype
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         gamma = None if lower_bound is None else lower_bound.to(dtype)
         k, log_lam = forget_gate(f.to(dtype), gamma)
         v_ = activate(v.to(dtype), v_act)
@@ -131,6 +133,7 @@ for _device in ("CUDA", "CPU"):  # CPU tensors run under TRITON_INTERPRET=1
     _LIBRARY.impl("step", _step, _device)
 torch.library.register_fake("hgrn2::step", lambda q, *_: q.new_empty(q.shape), lib=_LIBRARY)
 torch.library.register_vmap("hgrn2::step", _no_vmap, lib=_LIBRARY)
+register_flop_formula(torch.ops.hgrn2.step, get_raw=True)(lambda q, *_, **__: 4 * q.numel() * q.shape[-1])
 
 
 def triton_step(
@@ -139,8 +142,7 @@ def triton_step(
     """The step on Triton, arguments as `hgrn2.ops.hgrn2_step`; see `step_supported`."""
     if lower_bound is not None:
         lower_bound = lower_bound.float().contiguous()
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    run = torch.ops.hgrn2.step if traced else _step
+    run = torch.ops.hgrn2.step if is_traced() else _step
     return run(q, f, v, state, lower_bound, ACTIVATIONS.index(q_act), ACTIVATIONS.index(v_act))
 
 
