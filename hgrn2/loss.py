@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hgrn2.ops import launch
-from hgrn2.ops.gates import tl, triton
+from hgrn2.ops.gates import tl, triton, without_autocast
 
 IGNORED = -1  # the target of a token that does not count
 CHUNK_BYTES = 2**29  # of a chunk's fp32 logits
@@ -47,9 +47,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         kind = x.device.type
         dtype = torch.promote_types(x.dtype, weight.dtype)
-        if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        if autocast and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(kind)
-        with torch.autocast(kind, enabled=False):
+        with without_autocast(x):
             losses, dx, dw = _chunks(x.to(dtype), weight.to(dtype), target, x_grad, weight_grad)
         ctx.dtypes = x.dtype, weight.dtype
         ctx.save_for_backward(dx, dw)
@@ -98,7 +99,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.is_cuda and a.dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), out=total)  # FLOP counters know no addmm_
 
 
 def _softmax(logits: Tensor, target: Tensor, losses: Tensor, grad_dtype: torch.dtype | None) -> Tensor | None:

@@ -9,6 +9,8 @@ from scans import in_the_interpreter
 from torch.utils.flop_counter import FlopCounterMode
 
 from hgrn2 import HGRN2Backbone, HGRN2Config
+from hgrn2.layers import DropPath
+from hgrn2.loss import linear_cross_entropy
 from hgrn2.ops import grid_scan, hgrn2_scan, hgrn2_scan_2d, hgrn2_step
 
 META = torch.device("meta")
@@ -85,6 +87,22 @@ else:
             found.append(counted.get_total_flops())
         assert found[0] == found[1]
         assert found[0] > 6 * 2 * 8 * sum(p.numel() for p in backbone.parameters() if p.ndim == 2) * 0.9
+
+    def test_the_loss_of_a_vocabulary_on_meta_and_counted():
+        for device in ("cpu", META):
+            x, weight = (torch.randn(rows, 8, device=device, requires_grad=True) for rows in (6, 10))
+            with FlopCounterMode(display=False) as counted:
+                total, each = linear_cross_entropy(x, weight, torch.arange(6, device=device))
+                total.backward()
+            assert each.shape == (6,)
+            assert counted.get_total_flops() == 3 * 2 * 6 * 8 * 10
+
+    def test_drop_path_survives_deferred_initialisation():
+        with META:
+            drop = DropPath(0.25)
+        assert "rate=0.25" in repr(drop)
+        drop.to_empty(device="cpu").reset_parameters()
+        assert drop.keep == 0.75
 
     def test_every_other_call_on_meta():
         backbone = HGRN2Backbone(HGRN2Config(dim=16, depth=2, expand_ratio=4, glu_width=16)).to(META)
