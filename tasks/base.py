@@ -133,6 +133,8 @@ class Task(LightningModule):
                 problems.append(
                     f"model.backbone.impl=triton cannot run with trainer.accelerator={device.type}: {reason}"
                 )
+        if device.type == "mps":
+            problems.append(f"trainer.accelerator={device.type}: hgrn2_scan does not run on it yet; use cpu")
         check(problems)
         keep_masked_norms(self.trainer)
 

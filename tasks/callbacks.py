@@ -2,20 +2,24 @@
 
 import math
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from rich import get_console
+from rich.table import Column, Table
 from torch import Tensor
 
 from hgrn2 import HGRN2Mixer
 from hgrn2.ops import choose_impl
 from tasks.base import Task
 from tasks.plots import horizon_map
+from tasks.progress import Progress
 
 MAX_HALF_LIFE = 1e6  # tokens; a gate that never forgets has none
 MAX_VALUES = 65_536  # a head and layer; enough for a histogram
@@ -36,26 +40,6 @@ def tensorboard_writer(trainer: Trainer):
             if isinstance(logger, TensorBoardLogger):
                 return logger.experiment
     return None
-
-
-class Progress(RichProgressBar):
-    """Lightning's bar, which would wait for the device at every step to show the loss; this one at every refresh.
-
-    Args:
-        refresh_rate: steps between refreshes.
-        leave: keep the finished bars.
-    """
-
-    def __init__(self, refresh_rate: int = 10, leave: bool = False):
-        super().__init__(refresh_rate=refresh_rate, leave=leave)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.refresh_rate and ((batch_idx + 1) % self.refresh_rate == 0 or trainer.is_last_batch):
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        epochs = self.trainer.max_epochs
-        return f"Epoch {current_epoch}" + (f"/{epochs - 1}" if epochs is not None and epochs > 0 else "")
 
 
 class Startup(Callback):
@@ -79,40 +63,83 @@ def describe(trainer: Trainer, task: Task) -> str:
     )
 
 
+class ModelParts(ModelSummary):
+    """At the start of a fit: type, parameters and, where Lightning can count them, FLOPs of each part of the model."""
+
+    def __init__(self) -> None:
+        super().__init__(max_depth=2)
+
+    @staticmethod
+    def summarize(
+        summary_data: list[tuple[str, list[str]]],
+        total_parameters: int,
+        *args: Any,
+        total_flops: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        columns = dict(summary_data)
+        shown = ["Type", "Params", *(["FLOPs"] if total_flops else [])]
+        table = Table(
+            *[Column(name, justify="left" if name == "Type" else "right") for name in ("Part", *shown)], box=None
+        )
+        table.columns[0].justify = "left"
+        for row, name in enumerate(columns["Name"]):
+            part = name.removeprefix("model.")
+            if part != name and "." not in part:  # and no losses, metrics or wholes
+                table.add_row(part, *(columns[column][row] for column in shown))
+        get_console().print(table)
+
+
+@dataclass
+class Tally:
+    """What was trained on, by one rank, in how long."""
+
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, samples: int, tokens: int, seconds: float) -> None:
+        self.samples, self.tokens, self.seconds = self.samples + samples, self.tokens + tokens, self.seconds + seconds
+
+    def rate(self, what: str, ranks: int) -> float:
+        """Samples or tokens a second of all ranks together."""
+        return getattr(self, what) * ranks / max(self.seconds, 1e-9)
+
+
 class ThroughputLogger(Callback):
     """Logs `train/samples_per_s` and `train/tokens_per_s` (all devices together), validation's time left out."""
 
     def __init__(self):
-        self._samples = self._tokens = 0
-        self._since: float | None = None
-        self._paused = self._pause_began = 0.0
+        self.run = Tally()  # since the fit began
+        self.began: float | None = None
+        self._window = Tally()  # since the values were last logged
+        self._before: float | None = None
+        self._paused = 0.0
+        self._pause_began: float | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: Task) -> None:
-        self._samples = self._tokens = 0
-        self._since = None
+        self.run, self._window, self._before, self.began = Tally(), Tally(), None, time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
-        now = time.perf_counter()
-        if self._since is None:  # the first step warms up: it starts the clock and does not count
-            self._since, self._paused = now, 0.0
+        before, self._before = self._before, time.perf_counter()
+        paused, self._paused = self._paused, 0.0
+        if before is None:  # the first step warms up: it starts the clock and does not count
             return
-        samples, tokens = pl_module.count(batch)
-        self._samples += samples
-        self._tokens += tokens
+        for tally in (self.run, self._window):
+            tally.add(*pl_module.count(batch), self._before - before - paused)
         step, every = trainer.global_step, trainer.log_every_n_steps
         if every and step and step % every == 0 and not trainer.fit_loop._should_accumulate():
-            elapsed = max(now - self._since - self._paused, 1e-9)
-            scale = trainer.world_size / elapsed
-            pl_module.log("train/samples_per_s", self._samples * scale)
-            pl_module.log("train/tokens_per_s", self._tokens * scale, prog_bar=True)
-            self._samples = self._tokens = 0
-            self._since, self._paused = now, 0.0
+            pl_module.log("train/samples_per_s", self._window.rate("samples", trainer.world_size))
+            pl_module.log("train/tokens_per_s", self._window.rate("tokens", trainer.world_size), prog_bar=True)
+            self._window = Tally()
 
     def on_validation_start(self, trainer: Trainer, pl_module: Task) -> None:
         self._pause_began = time.perf_counter()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: Task) -> None:
-        self._paused += time.perf_counter() - self._pause_began
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Task, batch: Any, batch_idx: int) -> None:
+        # Only now is all of a validation over: figures, checkpoints.
+        if self._pause_began is not None:
+            self._paused, self._pause_began = time.perf_counter() - self._pause_began, None
 
 
 class MemoryHorizon(Callback):
@@ -202,9 +229,10 @@ class SampleViewer(Callback):
 
 # the command line turns each into a group of options; trainer.callbacks adds to them
 CALLBACKS = {
-    "progress": Progress,
     "startup": Startup,
+    "summary": ModelParts,
     "throughput": ThroughputLogger,
+    "progress": Progress,  # shows what the one before it has logged
     "memory_horizon": MemoryHorizon,
     "samples": SampleViewer,
 }

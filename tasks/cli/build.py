@@ -8,7 +8,8 @@ from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.accelerators import MPSAccelerator
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
@@ -21,10 +22,12 @@ from tasks.cli.checkpoints import Checkpoints
 from tasks.cli.loggers import LOGGERS, make_loggers
 from tasks.cli.record import Record
 from tasks.cli.reliability import Guard
+from tasks.cli.report import already_done
 from tasks.cli.runs import AtomicCheckpointIO, Choice, check_fits, choose, new_run, read_checkpoint, run_around
 from tasks.cli.settings import check_processes, check_trainer
-from tasks.cli.signals import Signals
+from tasks.cli.signals import Leave, Signals
 from tasks.compilation import Compile, CompileMode
+from tasks.progress import say
 
 DECISION = "HGRN2_RUN"  # what rank 0 decided, for the children that Lightning's launcher starts
 OURS = ("ckpt_path", "run", "resume")  # settings of one command line, not of a configuration
@@ -51,6 +54,7 @@ class TaskCLI(LightningCLI):
         self.fresh = False
         self.start_step = 0
         self.guard: Guard | None = None
+        self.nothing_left: str | None = None
         model_class, data_class = TASKS[domain]
         super().__init__(
             model_class,
@@ -152,6 +156,9 @@ class TaskCLI(LightningCLI):
             checkpoint = read_checkpoint(start, training=fit)
             check_fits(self.model, checkpoint, start)
             self.start_step = checkpoint.get("global_step", 0)
+            self.nothing_left = already_done(checkpoint, settings) if fit else None
+            if self.nothing_left and not self.choice.run:  # of a run that is continued, what is refused comes first
+                raise Leave(0, self.nothing_left if rank_zero_only.rank == 0 else "")
         if fit and not settings["fast_dev_run"]:
             self._make_folder()
         checkpoints: Checkpoints = self.config_init["checkpoint"]
@@ -168,9 +175,14 @@ class TaskCLI(LightningCLI):
         settings["logger"] = make_loggers(names if fit else [], self.task, self.folder, step) + own or False
         # Lightning refuses what is switched off.
         unfit = (ProgressBar,) if settings["enable_progress_bar"] is False else ()
+        unfit += (ModelSummary,) if settings["enable_model_summary"] is False else ()
         unfit += (Checkpoints,) if settings["enable_checkpointing"] is False else ()
         keys = self.parser.callback_keys
         self.parser.callback_keys = [key for key in keys if not isinstance(self.config_init[key], unfit)]
+        if settings["accelerator"] == "auto" and MPSAccelerator.is_available():
+            settings["accelerator"] = "cpu"
+            if rank_zero_only.rank == 0:
+                say("trainer.accelerator=auto takes the CPU: Apple's GPU (MPS) does not run hgrn2_scan yet")
         trainer = super().instantiate_trainer()
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             raise ConfigError(

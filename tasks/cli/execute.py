@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,24 @@ from hgrn2.config import ConfigError
 from tasks.cli.arguments import Request
 from tasks.cli.build import DECISION, Done, TaskCLI
 from tasks.cli.refusals import refusal
-from tasks.cli.reliability import say
+from tasks.cli.report import fit_summary, save_results
 from tasks.cli.runs import discard, run_around, write_atomically
 from tasks.cli.signals import Leave, Signals, status
+from tasks.progress import say
+
+NOISE = (
+    *("💡", "GPU available", "TPU available", "`weights_only`", "Trainer already configured with model summary"),
+    *("Restoring states from the checkpoint", "Restored all states from", "Loaded model weights from"),
+    *("`Trainer.fit` stopped: `max_steps", "`Trainer.fit` stopped: `max_epochs"),
+)
+# A dependency's use of another's deprecated parts is no business of a person who trains.
+DEPENDENCIES = r"(lightning|torch|torchmetrics|torchvision|timm|jsonargparse|tensorboard)\."
 
 
 def run(cli: TaskCLI) -> None:
     """Fits or evaluates, between the lines that say where everything is."""
     command, start = cli.request.command, cli.choice.checkpoint
-    tell(cli.choice.note, start and f"checkpoint: {start}")
+    tell(cli.choice.note, start and str(start) not in cli.choice.note and f"checkpoint: {start}")
     if cli.folder:
         tell(f"run folder: {cli.folder}", f"  watch:  tensorboard --logdir {cli.root}")
     os.environ[DECISION] = json.dumps(
@@ -31,6 +41,8 @@ def run(cli: TaskCLI) -> None:
     arguments = {"datamodule": cli.datamodule, "ckpt_path": start, "weights_only": True}
     try:
         result = getattr(cli.trainer, command)(cli.model, **arguments)
+        if cli.nothing_left:
+            raise Leave(0, cli.nothing_left if cli.trainer.is_global_zero else "")
     except Leave:
         tell(*where_next(cli))
         raise
@@ -38,12 +50,14 @@ def run(cli: TaskCLI) -> None:
         os.environ.pop(DECISION, None)
     if command == "predict" and result is not None:
         save_predictions(cli, result)
+    if command in ("validate", "test") and not cli.trainer.fast_dev_run and cli.trainer.is_global_zero:
+        tell(f"results: {save_results(cli.trainer, command, cli.task, start, cli.start_step)}")
     tell(*where_next(cli))
 
 
 def save_predictions(cli: TaskCLI, result: Any) -> None:
-    run = run_around(cli.choice.checkpoint)
-    folder = run or cli.choice.checkpoint.parent
+    parent = cli.choice.checkpoint.parent
+    folder = parent.parent if run_around(cli.choice.checkpoint) else parent
     rank = f".rank{cli.trainer.global_rank}" if cli.trainer.world_size > 1 else ""
     path = folder / f"predictions{rank}.pt"
     write_atomically(path, lambda file: torch.save(result, file))
@@ -51,9 +65,11 @@ def save_predictions(cli: TaskCLI, result: Any) -> None:
 
 
 def where_next(cli: TaskCLI) -> list[str]:
+    summary = fit_summary(cli.trainer) if cli.request.command == "fit" else []
     if not cli.folder or not (cli.folder / "checkpoints").is_dir():
-        return []
+        return summary
     return [
+        *summary,
         f"run folder: {cli.folder}",
         f"  test:   python train.py test task={cli.request.task} run={cli.folder}",
         f"  resume: python train.py task={cli.request.task} run={cli.folder}",
@@ -78,14 +94,16 @@ def _text(path: Path | None) -> str | None:
 
 
 def _is_noise(record: logging.LogRecord) -> bool:
-    """Advertising, and what our own start line says better."""
-    return record.getMessage().startswith(("💡", "GPU available", "TPU available", "`weights_only`"))
+    """Advertising, and what our own lines say better."""
+    return record.getMessage().startswith(NOISE)
 
 
 def execute(request: Request, signals: Signals) -> None:
     """Builds and runs."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.checkpoint_connector"):
         logging.getLogger(name).addFilter(lambda record: not _is_noise(record))
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=DEPENDENCIES)
     cli = None
     try:
         cli = TaskCLI(request, signals)

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from rich.console import Console
 
 from hgrn2.config import ConfigError
 from tasks.cli.checkpoints import Checkpoints
@@ -21,11 +20,6 @@ from tasks.cli.settings import check_loop, check_monitors
 from tasks.cli.signals import Leave, Signals, status
 
 NEVER = 2**62  # larger than any step
-
-
-def say(text: str) -> None:
-    """A line for the person, wrapped by the terminal and not by us, so that paths can be copied."""
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _nothing() -> None:
