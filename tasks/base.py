@@ -144,11 +144,19 @@ class Task(LightningModule):
         processed = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
         seed_step(self.seed, processed, self.global_rank)
 
+    @property
+    def logs_step(self) -> bool:
+        """Whether this optimiser step's values are logged (trainer.log_every_n_steps)."""
+        every = self.trainer.log_every_n_steps
+        return bool(every) and (self.global_step + 1) % every == 0
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         out = self.compute(batch)
-        self.log("train/loss", out["loss"], prog_bar=True)
-        for name, value in self.train_scalars(out).items():
-            self.log(f"train/{name}", value, prog_bar=name == self.progress_metric)
+        # Lightning would take these at every step, and wait at each for those of a progress bar (prog_bar).
+        if self.logs_step:
+            self.log("train/loss", out["loss"])
+            for name, value in self.train_scalars(out).items():
+                self.log(f"train/{name}", value)
         return out["loss"]
 
     def train_scalars(self, out: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -165,8 +173,7 @@ class Task(LightningModule):
     ) -> None:
         """As Lightning, which refuses a fused optimiser in bf16-mixed (where nothing is scaled, so nothing is wrong),
         and the norm of all gradients is computed once for clipping and logging. Nothing waits for the device."""
-        every = self.trainer.log_every_n_steps
-        logs = bool(every) and (self.global_step + 1) % every == 0
+        logs = self.logs_step
         by_norm = gradient_clip_val and gradient_clip_algorithm != "value"
         parameters = [p for p in self.parameters() if p.grad is not None]
         if by_norm or logs:
