@@ -1,5 +1,6 @@
 """What Lightning lacks: throughput, memory horizon, samples to look at, one line that says what runs."""
 
+import gc
 import math
 import time
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from hgrn2 import HGRN2Mixer
+from hgrn2.config import check
 from hgrn2.ops import choose_impl
 from tasks.base import Task
+from tasks.compilation import Compile
 from tasks.plots import horizon_map
 from tasks.progress import Progress
 
@@ -56,10 +59,12 @@ def describe(trainer: Trainer, task: Task) -> str:
     config = task.backbone_config
     impl, reason = (config.impl, "asked for") if config.impl != "auto" else choose_impl(device, config.expand_ratio)
     parameters = sum(p.numel() for p in task.parameters())
+    modes = [c.resolved(device.type) for c in trainer.callbacks if isinstance(c, Compile)]
+    compiled = modes[0] if modes else "off"
     count = f"{parameters / 1e6:.2f}M" if parameters >= 1e4 else str(parameters)
     return (
         f"{type(task).__name__}: {trainer.world_size} x {name}, precision {trainer.precision}, {count} parameters, "
-        f"hgrn2_scan runs {impl} ({reason})"
+        f"hgrn2_scan runs {impl} ({reason}), compile={compiled}"
     )
 
 
@@ -130,7 +135,7 @@ class ThroughputLogger(Callback):
         step, every = trainer.global_step, trainer.log_every_n_steps
         if every and step and step % every == 0 and not trainer.fit_loop._should_accumulate():
             pl_module.log("train/samples_per_s", self._window.rate("samples", trainer.world_size))
-            pl_module.log("train/tokens_per_s", self._window.rate("tokens", trainer.world_size), prog_bar=True)
+            pl_module.log("train/tokens_per_s", self._window.rate("tokens", trainer.world_size))
             self._window = Tally()
 
     def on_validation_start(self, trainer: Trainer, pl_module: Task) -> None:
@@ -140,6 +145,37 @@ class ThroughputLogger(Callback):
         # Only now is all of a validation over: figures, checkpoints.
         if self._pause_began is not None:
             self._paused, self._pause_began = time.perf_counter() - self._pause_began, None
+
+
+class GarbageCollection(Callback):
+    """Python's cyclic garbage collector runs between steps that are logged, not whenever it likes: a full collection
+    takes tens of milliseconds in which nothing is launched, on each rank at another time.
+
+    Args:
+        every_n_steps: optimiser steps between collections; 0 leaves the collector alone.
+    """
+
+    def __init__(self, every_n_steps: int = 1000):
+        check([f"garbage.every_n_steps={every_n_steps} must be 0 or more"] * (every_n_steps < 0))
+        self.every_n_steps = every_n_steps
+        self._paused = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: Task) -> None:
+        if self.every_n_steps and gc.isenabled():
+            gc.collect()
+            gc.freeze()  # what is here stays: later collections need not look at it
+            gc.disable()
+            self._paused = True
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._paused and (batch_idx + 1) % self.every_n_steps == 0:
+            gc.collect()
+
+    def teardown(self, trainer: Trainer, pl_module: Task, stage: str) -> None:
+        if self._paused:  # also after an exception
+            gc.enable()
+            gc.unfreeze()
+            self._paused = False
 
 
 class MemoryHorizon(Callback):
@@ -233,6 +269,7 @@ CALLBACKS = {
     "summary": ModelParts,
     "throughput": ThroughputLogger,
     "progress": Progress,  # shows what the one before it has logged
+    "garbage": GarbageCollection,
     "memory_horizon": MemoryHorizon,
     "samples": SampleViewer,
 }

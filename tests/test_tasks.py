@@ -1,5 +1,7 @@
 """The tasks through Lightning's Trainer: loss at init, one batch learnt, metrics, TensorBoard, checkpoints."""
 
+import csv
+import gc
 import json
 import math
 import os
@@ -9,12 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from lightning import Callback, Trainer, seed_everything
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hgrn2 import ConfigError, HGRN2Config
 from tasks.base import seed_step
-from tasks.callbacks import MemoryHorizon, SampleViewer, Startup, ThroughputLogger, describe
+from tasks.callbacks import (
+    GarbageCollection,
+    MemoryHorizon,
+    Progress,
+    SampleViewer,
+    Startup,
+    ThroughputLogger,
+    describe,
+)
 from tasks.lm.data import LMData
 from tasks.lm.module import LMTask
 from tasks.lra.data import LRAData
@@ -235,6 +245,36 @@ def test_the_memory_horizon_is_the_half_life(make, tmp_path):
     want = math.log(2) / -math.log(1 / (1 + math.exp(-2.0)))
     assert recorder._half_lives[0].shape == (4, 8 * 8)  # heads, real tokens x channels
     torch.testing.assert_close(recorder._half_lives[0], torch.full((4, 64), want))
+
+
+def test_garbage_is_collected_between_steps_and_the_collector_comes_back(make, tmp_path):
+    task, data = make("vision")
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            seen.append(gc.isenabled())
+
+    quiet_trainer(tmp_path, max_steps=3, limit_val_batches=0, callbacks=[GarbageCollection(2), Look()]).fit(task, data)
+    assert seen == [False] * 3
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
+def test_no_step_but_those_that_log_reads_a_value(make, tmp_path, monkeypatch):
+    """On a device each would wait."""
+    from lightning.pytorch.trainer.connectors.logger_connector import result
+
+    task, data = make("vision")
+    read = []
+    kept = result.convert_tensors_to_scalars
+    monkeypatch.setattr(result, "convert_tensors_to_scalars", lambda value: read.append(value) or kept(value))
+    callbacks = [ThroughputLogger(), Progress()]
+    options = dict(max_steps=9, log_every_n_steps=4, limit_val_batches=0, enable_progress_bar=True)
+    quiet_trainer(tmp_path, callbacks=callbacks, logger=CSVLogger(tmp_path), **options).fit(task, data)
+    assert read == []
+    steps = [row["step"] for row in csv.DictReader(next(tmp_path.rglob("metrics.csv")).open()) if row["train/loss"]]
+    assert steps == ["3", "7"]
 
 
 def test_the_startup_line_says_what_runs(make, tmp_path):
