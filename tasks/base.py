@@ -3,6 +3,7 @@
 import dataclasses
 import random
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from hgrn2 import HGRN2Config
-from hgrn2.config import check
+from hgrn2.config import ConfigError, check
 from hgrn2.ops import choose_impl
 from tasks.layer_sync import keep_masked_norms
 from tasks.optim import OptimConfig, build_optimizer, follow, may_fuse
@@ -29,6 +30,54 @@ IGNORED = -1  # the target of a sample that no metric counts
 def as_config(cls: type, value: Any) -> Any:
     """A config dataclass from itself or, out of a checkpoint, from its plain dict."""
     return cls(**value) if isinstance(value, dict) else value
+
+
+def plain(value: Any, name: str) -> Any:
+    """What checkpoints hold beside tensors, so that they load with `weights_only=True`.
+
+    Dataclasses become dicts and paths text, all the way down; what else is not plain is refused, by its `name`.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)}, name)
+    if isinstance(value, dict):
+        return {key: plain(item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(plain(item, name) for item in value)
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise ConfigError(
+        f"{name}: a {type(value).__name__} cannot be kept in checkpoints; use numbers, text, and lists, dicts or "
+        "dataclasses of them"
+    )
+
+
+def left_to_data(arguments: dict[str, Any], info: dict[str, int]) -> dict[str, int]:
+    """The arguments of a model that are null and that the data knows, with what the data says."""
+    return {key: value for key, value in info.items() if key in arguments and arguments[key] is None}
+
+
+def misfits(arguments: dict[str, Any], info: dict[str, int], source: str) -> list[str]:
+    """Arguments of a model that contradict the data; a vocabulary may be larger than the data's."""
+    return [
+        f"model.{key}={arguments[key]} does not fit {source}, which needs {key}={need}"
+        for key, need in info.items()
+        if arguments.get(key) is not None
+        and arguments[key] != need
+        and not (key == "vocab_size" and arguments[key] > need)
+    ]
+
+
+def known(**arguments: Any) -> None:
+    """Refuse arguments that neither a person nor the data has given a value."""
+    check(
+        [
+            f"model.{key} is null and the data does not say it: give a value (in Python: **data.info)"
+            for key, value in arguments.items()
+            if value is None
+        ]
+    )
 
 
 STEP_STREAM = 3  # keeps these seeds apart from those of the order (1) and the augmentation (2), see tasks/data.py
@@ -66,27 +115,27 @@ class MeanLoss(Metric):
 
 
 class Task(LightningModule):
-    """Base of the tasks. A subclass sets `self.model` and the two metric groups, and writes `compute`.
+    """Base of the tasks. A subclass sets `self.model` and writes `compute`; its arguments are settings, `model.NAME`.
+
+    The arguments, a subclass's too, are kept in checkpoints for `load_from_checkpoint`, and have to be plain values or
+    dataclasses of them. Those that the data knows (`num_classes`, `vocab_size`, ...) are None by default, and filled
+    from its `info` before the model is made.
 
     Args:
         backbone: the HGRN2 backbone.
         optim: optimiser and schedule.
         seed: of dropout and other randomness in training.
-        init_args: the subclass's own arguments, kept in checkpoints for `load_from_checkpoint`.
     """
 
     progress_metric = "acc"  # shown in the progress bar next to the loss
 
-    def __init__(self, backbone: HGRN2Config, optim: OptimConfig, seed: int, init_args: dict[str, Any]):
+    def __init__(self, backbone: HGRN2Config, optim: OptimConfig, seed: int):
         super().__init__()
         check([f"model.seed={seed} must not be negative"] * (seed < 0))
-        self.backbone_config, self.optim_config, self.seed = backbone, optim, seed
-        self._init_args = {
-            "backbone": dataclasses.asdict(backbone),
-            "optim": dataclasses.asdict(optim),
-            "seed": seed,
-            **init_args,
-        }
+        self.save_hyperparameters(logger=False)  # of the subclass that is being made
+        self.hparams.update(plain(dict(self.hparams), "model"))
+        self.backbone_config, self.optim_config = as_config(HGRN2Config, backbone), as_config(OptimConfig, optim)
+        self.seed = seed
         self.planned: OptimConfig | None = None  # with the schedule in whole steps, once training begins
         self._ran_with: dict[str, int | None] | None = None  # the checkpoint's
         self.model: nn.Module
@@ -110,7 +159,11 @@ class Task(LightningModule):
 
     def count(self, batch: dict[str, Tensor]) -> tuple[int, int]:
         """(samples, tokens) in a batch, for throughput; tokens without padding where that is known on the host."""
-        raise NotImplementedError
+        samples = len(batch["valid"])
+        return samples, batch["tokens"].numel() if "tokens" in batch else samples
+
+    def show_samples(self, writer: Any, batch: dict[str, Tensor], step: int) -> None:
+        """What the model makes of a few held-out samples, for TensorBoard; nothing by default."""
 
     def derived_metrics(self, loss: Tensor) -> dict[str, Tensor]:
         """Further scalars that follow from the mean evaluation loss."""
@@ -120,12 +173,8 @@ class Task(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse a model that does not fit the data or the device, in words, before the first step does."""
-        needs = getattr(self.trainer.datamodule, "model_needs", dict)()
-        problems = [
-            f"model.{key}={self._init_args[key]} does not fit {source}, which needs {key}={need}"
-            for key, (need, source) in needs.items()
-            if self._init_args[key] != need and not (key == "vocab_size" and self._init_args[key] > need)
-        ]
+        data = self.trainer.datamodule
+        problems = misfits(self.hparams, getattr(data, "info", {}), f"data.dataset={getattr(data, 'dataset', None)}")
         device, config = self.trainer.strategy.root_device, self.backbone_config
         if config.impl == "triton":
             name, reason = choose_impl(device, config.expand_ratio)
@@ -248,8 +297,6 @@ class Task(LightningModule):
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # plain values only, so that loading works with weights_only=True
-        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = self._init_args
         if self.planned is not None:
             checkpoint["schedule"] = {key: getattr(self.planned, key) for key in ("warmup_steps", "total_steps")}
 
@@ -264,7 +311,7 @@ class ClassificationTask(Task):
     """A task with one label a sample; subclasses write `logits`.
 
     Args:
-        num_classes: number of labels.
+        num_classes: number of labels; null for what the data says.
         label_smoothing: in training; evaluation reports the plain cross-entropy.
     """
 
@@ -273,17 +320,16 @@ class ClassificationTask(Task):
         backbone: HGRN2Config,
         optim: OptimConfig,
         seed: int,
-        num_classes: int,
+        num_classes: int | None,
         label_smoothing: float,
-        init_args: dict[str, Any],
     ):
+        known(num_classes=num_classes)
         check(
             [f"model.num_classes={num_classes} must be at least 2"] * (num_classes < 2)
             + [f"model.label_smoothing={label_smoothing} must be in [0, 1)"] * (not 0 <= label_smoothing < 1)
         )
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
-        own = {"num_classes": num_classes, "label_smoothing": label_smoothing}
-        super().__init__(backbone, optim, seed, {**own, **init_args})
+        super().__init__(backbone, optim, seed)
 
     def make_metrics(self) -> dict:
         return {"acc": MulticlassAccuracy(self.num_classes, average="micro", ignore_index=IGNORED, validate_args=False)}

@@ -5,55 +5,22 @@ global batches that the ranks divide among themselves. Where a run stands follow
 consumed, which Lightning's checkpoints hold; what was prefetched does not count.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, default_collate
 
 from hgrn2.config import ConfigError, check
+from tasks.base import plain
 from tasks.cli.signals import outlive_signals
+from tasks.dataset import SPLITS, Dataset, KeyedDataset, SampleKey, check_options, find_dataset
 
-
-class SampleKey(NamedTuple):
-    """Names one sample: the epoch it is drawn in (for augmentation), its index, and False for a filler."""
-
-    epoch: int
-    index: int
-    valid: bool = True
-
-
-class Samples(Protocol):
-    """What a task's data module provides for each split."""
-
-    def __len__(self) -> int: ...
-
-    def get(self, index: int, rng: np.random.Generator | None) -> dict[str, Any]:
-        """Sample `index`; rng seeds the augmentation of training samples and is None in evaluation."""
-
-    def content(self) -> list[np.ndarray]:
-        """The arrays that the samples are made of: a resumed run must find the same."""
-
-
-# keep the random streams of one seed apart
-ORDER, AUGMENTATION = 1, 2
-
-
-class KeyedDataset(Dataset):
-    """Looks samples up by `SampleKey`; the augmentation's generator is seeded by (seed, epoch, index)."""
-
-    def __init__(self, samples: Samples, seed: int, train: bool):
-        self.samples, self.seed, self.train = samples, seed, train
-
-    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        rng = np.random.default_rng((self.seed, AUGMENTATION, key.epoch, key.index)) if self.train else None
-        return {**self.samples.get(key.index, rng), "valid": key.valid}
-
-    def __len__(self) -> int:
-        return len(self.samples)
+ORDER = 1  # keeps this random stream of a seed apart from those of the augmentation (2) and of the steps (3)
+SPLITS_OF = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
@@ -150,7 +117,10 @@ class Loader:
         return len(self.order)
 
     def __iter__(self) -> Iterator[dict]:
-        return iter(self._loader)
+        try:
+            yield from self._loader
+        except ConfigError as error:  # a worker hands it on inside the text of its traceback
+            raise ConfigError(str(error).strip().rpartition("ConfigError: ")[2]) from error
 
     # Lightning asks a resumable loader for these; the position itself is held by the data module
     def state_dict(self) -> dict:
@@ -161,9 +131,13 @@ class Loader:
 
 
 class TaskData(LightningDataModule):
-    """Base of the tasks' data modules. Subclasses fill `self.splits` in `setup` and may override `collate`.
+    """A data set by name, its samples in an order that can be resumed anywhere, in batches.
 
     Args:
+        dataset: which data set: a name, or package.module:Class (the current folder is looked in, too); null for the
+            first name.
+        path: where its files lie; null for data that needs none.
+        options: the data set's own options by name (on the command line they stand beside these: data.NAME).
         batch_size: training samples a step over all devices together, so that a recipe keeps its meaning on any
             number of GPUs; times trainer.accumulate_grad_batches per optimiser step.
         eval_batch_size: samples a step and device in evaluation; null for batch_size.
@@ -171,7 +145,18 @@ class TaskData(LightningDataModule):
         seed: of the training order and the augmentation.
     """
 
-    def __init__(self, batch_size: int, eval_batch_size: int | None, num_workers: int, seed: int):
+    datasets: ClassVar[dict[str, type]] = {}  # by name; a person's own need not be here
+
+    def __init__(
+        self,
+        dataset: str | None = None,
+        path: str | None = None,
+        options: dict[str, Any] | None = None,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ):
         super().__init__()
         problems = [f"data.batch_size={batch_size} must be at least 1"] if batch_size < 1 else []
         if eval_batch_size is not None and eval_batch_size < 1:
@@ -181,11 +166,26 @@ class TaskData(LightningDataModule):
         if seed < 0:
             problems.append(f"data.seed={seed} must not be negative")
         check(problems)
+        self.dataset, self.dataset_class = self.choose(dataset)
+        self.path = None if path is None else Path(path).expanduser()
+        if self.path is not None and not self.path.exists():
+            raise ConfigError(f"data.path={path}: no such file or folder")
+        self.options = dict(options or {})
+        check_options(self.dataset, self.dataset_class, self.options, path)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.num_workers, self.seed = num_workers, seed
-        self.splits: dict[str, Samples] = {}
+        self.splits: dict[str, Dataset] = {}
         self._resumed: dict | None = None
-        self._digest: str | None = None
+        self._fingerprint: str | None = None
+
+    @classmethod
+    def choose(cls, name: str | None) -> tuple[str, type]:
+        """(name, class) of a data set; None is the first of `datasets`."""
+        if name is None:
+            if not cls.datasets:
+                raise ConfigError("data.dataset: a value is missing: package.module:Class")
+            name = next(iter(cls.datasets))
+        return name, find_dataset(name, cls.datasets)
 
     def __getstate__(self) -> dict:
         """For workers that are not forked (macOS): `collate` goes to them with us, the trainer cannot."""
@@ -193,15 +193,30 @@ class TaskData(LightningDataModule):
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         """Stack a batch of samples; override for ragged ones."""
-        return {key: torch.as_tensor(np.stack([item[key] for item in items])) for key in items[0]}
+        return default_collate(items)
+
+    def split(self, name: str) -> Dataset:
+        """The data set's split train, val or test, made when it is first asked for."""
+        if name not in self.splits:
+            path = {} if self.path is None else {"path": self.path}
+            self.splits[name] = self.dataset_class(split=name, **path, **self.options)
+        return self.splits[name]
+
+    @property
+    def info(self) -> dict[str, int]:
+        """What a model has to know of the data, by the names of the model's arguments."""
+        made = next(iter(self.splits), "train")
+        return dict(getattr(self.split(made), "info", {}))
 
     def prepare_data(self) -> None:
         # read the data before any folder or logger exists, so that a wrong path leaves nothing behind
         self.setup(self.trainer.state.fn if self.trainer else None)
+        for split in self.splits.values():
+            len(split)
 
-    def model_needs(self) -> dict[str, tuple[int, str]]:
-        """What the data asks of the model: argument -> (its value, the setting that asks for it)."""
-        return {}
+    def setup(self, stage: str | None = None) -> None:
+        for name in SPLITS_OF.get(stage, SPLITS):
+            self.split(name)
 
     @property
     def _ranks(self) -> tuple[int, int]:
@@ -209,7 +224,7 @@ class TaskData(LightningDataModule):
 
     def train_batches(self) -> int:
         """Global training batches an epoch, before any limit of the Trainer's."""
-        return len(self.splits["train"]) // self.batch_size
+        return len(self.split("train")) // self.batch_size
 
     def _overfit_batches(self, batches: int, what: str = "training") -> int:
         """How many of so many batches trainer.overfit_batches repeats; 0 without it."""
@@ -225,12 +240,12 @@ class TaskData(LightningDataModule):
 
     def _loader(self, split: str, order) -> Loader:
         pin = bool(self.trainer) and self.trainer.strategy.root_device.type == "cuda"
-        dataset = KeyedDataset(self.splits[split], self.seed, train=split == "train")
+        dataset = KeyedDataset(self.split(split), self.seed, train=split == "train")
         return Loader(dataset, order, self.collate, self.num_workers, pin)
 
     def train_dataloader(self) -> Loader:
         rank, world_size = self._ranks
-        size = len(self.splits["train"])
+        size = len(self.split("train"))
         if self.batch_size > size:
             raise ConfigError(f"data.batch_size={self.batch_size} exceeds the {size} training samples")
         if self.batch_size % world_size:
@@ -244,7 +259,7 @@ class TaskData(LightningDataModule):
         return self._loader("train", order)
 
     def _eval_loader(self, split: str, mixed: bool = True) -> Loader:
-        return self._loader(split, EvalOrder(len(self.splits[split]), self.eval_batch_size, *self._ranks, mixed))
+        return self._loader(split, EvalOrder(len(self.split(split)), self.eval_batch_size, *self._ranks, mixed))
 
     def val_dataloader(self) -> Loader:
         loader = self._eval_loader("val")
@@ -268,13 +283,15 @@ class TaskData(LightningDataModule):
 
     def _signature(self) -> dict:
         """What must stay the same for a resumed run to see the samples that the uninterrupted run would have seen."""
-        if self._digest is None:
-            digest = hashlib.sha256()
-            for array in self.splits["train"].content():
-                digest.update(np.ascontiguousarray(array))
-            self._digest = digest.hexdigest()[:16]
-        signature = {"batch_size": self.batch_size, "seed": self.seed, "training_data": self._digest}
-        return signature | {"overfit_batches": self._overfit_batches(self.train_batches())}
+        if self._fingerprint is None:
+            self._fingerprint = self.split("train").fingerprint()
+        return {
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "training_data": self._fingerprint,
+            "overfit_batches": self._overfit_batches(self.train_batches()),
+            "options": plain(self.options, "data"),  # only to name what differs: the fingerprint decides
+        }
 
     def _check_resumed(self) -> None:
         if not self._resumed:
@@ -289,7 +306,11 @@ class TaskData(LightningDataModule):
         if now["overfit_batches"] != repeats:
             problems.append(f"trainer.overfit_batches repeats {now['overfit_batches']} batches (checkpoint: {repeats})")
         if now["training_data"] != then["training_data"]:
-            problems.append("the training data is not the checkpoint's (other files, or other data.* settings)")
+            before = then.get("options", {})
+            names = [name for name in now["options"] if name in before and now["options"][name] != before[name]]
+            differs = ", ".join(f"data.{name}={now['options'][name]} (checkpoint: {before[name]})" for name in names)
+            why = differs or "other files, or other data.* settings"
+            problems.append(f"the training data is not the checkpoint's ({why})")
         consumed = self.consumed_batches() * self.batch_size
         if self.trainer and not problems and consumed != then["samples_consumed"]:
             problems.append(f"its loops stand at sample {consumed}, its data at {then['samples_consumed']}")

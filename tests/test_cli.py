@@ -128,7 +128,7 @@ def test_precedence(tmp_path):
     assert resolved["trainer"]["max_steps"] == 71  # the command line over the task's file
     assert resolved["trainer"]["use_distributed_sampler"] is False  # base.yaml over the class
     assert resolved["trainer"]["accumulate_grad_batches"] == 1  # the class
-    assert resolved["model"]["img_size"] == 8  # the parent
+    assert resolved["model"]["patch_size"] == 4  # the parent
     assert resolved["model"]["seed"] == resolved["data"]["seed"] == 5  # interpolations follow
     assert config(tmp_path, "task=own.yaml", "seed=0")["data"]["seed"] == 0
 
@@ -231,7 +231,7 @@ def test_mistakes_are_one_message(argv, fragments, tmp_path):
 
 
 def test_missing_data_path(tmp_path):
-    assert "data.source=/nope" in refused(tmp_path, "task=lm", "data.source=/nope", *TINY)
+    assert "data.path=/nope" in refused(tmp_path, "task=lm", "data.path=/nope", *TINY)
 
 
 def test_missing_package(tmp_path):
@@ -350,7 +350,7 @@ def test_checkpoints_made_in_python_load_safely(tmp_path):
     from tasks.vision.module import VisionTask
 
     backbone = HGRN2Config(dim=16, depth=1, expand_ratio=4, scan="bidirectional", glu_width=8)
-    task = VisionTask(backbone=backbone, img_size=8, patch_size=2, in_chans=1)
+    task = VisionTask(backbone=backbone, img_size=8, patch_size=2, in_chans=1, num_classes=10)
     quiet = {
         "logger": False,
         "enable_progress_bar": False,

@@ -5,11 +5,17 @@ import pytest
 import torch
 
 from hgrn2 import ConfigError
-from tasks.data import EvalOrder, KeyedDataset, Loader, SampleKey, TrainOrder, epoch_order
-from tasks.lm.data import END_OF_FILE, Blocks, LMData, read_sources, split_of
+from tasks.data import EvalOrder, Loader, TrainOrder, epoch_order
+from tasks.dataset import SPLITS, KeyedDataset, SampleKey
+from tasks.lm.data import LMData
+from tasks.lm.python_source import END_OF_FILE, Blocks, PythonSource, read_sources, split_of
 from tasks.lra import listops
 from tasks.lra.data import LRAData
 from tasks.vision.data import VisionData
+
+
+def listops_data(batch_size=32, **options):
+    return LRAData("listops", options=options, batch_size=batch_size)
 
 
 def batches(start, *, size=23, batch=4, seed=3, rank=0, world=1):
@@ -113,7 +119,7 @@ def test_sources_are_read_by_name_without_tests(tmp_path):
     for name in ("b.py", "a.py", "test/t.py", "idlelib/i.py", "site-packages/s.py", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"# {name}\n")
-    joined = b"".join(part.tobytes() for part in read_sources(tmp_path).values())
+    joined = b"".join(read_sources(tmp_path, split).tobytes() for split in SPLITS)
     assert sorted(joined.split(bytes([END_OF_FILE]))) == [b"", b"# a.py\n", b"# b.py\n"]
 
 
@@ -130,15 +136,17 @@ def test_blocks_cover_every_target():
 
 
 def test_text_survives_encoding():
-    assert LMData.decode(LMData.encode("naïve = 'ÿ'\n")) == "naïve = 'ÿ'\n"
+    assert PythonSource.decode(PythonSource.encode("naïve = 'ÿ'\n")) == "naïve = 'ÿ'\n"
 
 
 def test_a_corpus_that_is_too_small_is_one_clear_error(tmp_path):
     (tmp_path / "a.py").write_text("x = 1\n")
-    with pytest.raises(ConfigError, match=r"bytes of Python source for the .* split.*data.source"):
-        LMData(source=str(tmp_path)).prepare_data()
-    with pytest.raises(ConfigError, match=r"data.source=.*missing is no folder"):
-        LMData(source=str(tmp_path / "missing"))
+    with pytest.raises(ConfigError, match=r"bytes of Python source for the .* split.*data.path"):
+        LMData(path=str(tmp_path)).prepare_data()
+    with pytest.raises(ConfigError, match=r"data.path=.*missing: no such file or folder"):
+        LMData(path=str(tmp_path / "missing"))
+    with pytest.raises(ConfigError, match=r"data.path=.*a.py is no folder"):
+        LMData(path=str(tmp_path / "a.py")).prepare_data()
 
 
 def test_expressions_have_the_value_their_tokens_say():
@@ -173,18 +181,19 @@ def test_expressions_depend_on_their_number_alone():
 
 
 def test_no_expression_is_in_two_splits():
-    data = LRAData(max_depth=2, min_length=4, max_length=7, train_size=1500, eval_size=300)
+    data = listops_data(max_depth=2, min_length=4, max_length=7, train_size=1500, eval_size=300)
     data.setup()
     everything = [tokens.tobytes() for split in data.splits.values() for tokens in split.tokens]
     assert len(everything) == len(set(everything)) == 2100
 
 
 def test_a_stage_draws_only_what_it_needs():
-    whole, part = LRAData(train_size=20, eval_size=10), LRAData(train_size=20, eval_size=10)
+    whole, part = listops_data(train_size=20, eval_size=10), listops_data(train_size=20, eval_size=10)
     whole.setup()
     part.setup("test")
     assert part.splits.keys() == {"test"}
     part.setup("fit")
+    assert part.splits.keys() == {"test", "train", "val"}
     for split in ("test", "val", "train"):
         for a, b in zip(whole.splits[split].tokens, part.splits[split].tokens, strict=True):
             assert np.array_equal(a, b)
@@ -193,11 +202,11 @@ def test_a_stage_draws_only_what_it_needs():
 def test_lengths_that_hardly_occur_are_refused(monkeypatch):
     monkeypatch.setattr(listops, "MAX_ATTEMPTS", 200)
     with pytest.raises(ConfigError, match=r"no new expression in 200 draws with data.min_length=150"):
-        LRAData(train_size=1, eval_size=1, min_length=150, max_length=187).setup()
+        listops_data(train_size=1, eval_size=1, min_length=150, max_length=187).prepare_data()
 
 
 def test_ragged_batches_are_padded_on_the_right():
-    data = LRAData(train_size=8, eval_size=8)
+    data = listops_data(train_size=8, eval_size=8)
     data.setup()
     items = [{**data.splits["val"].get(i, None), "valid": True} for i in range(8)]
     batch = data.collate(items)
@@ -214,10 +223,13 @@ def test_ragged_batches_are_padded_on_the_right():
     ("make", "message"),
     [
         (lambda: VisionData(batch_size=0), "data.batch_size=0 must be at least 1"),
-        (lambda: VisionData(dataset="cats"), "data.dataset='cats' is unknown; valid: digits"),
-        (lambda: LRAData(min_length=50, max_length=20), "data.max_length=20 .* data.min_length=50"),
         (
-            lambda: LRAData(max_depth=2, max_args=3, min_length=40, max_length=80),
+            lambda: VisionData(dataset="cats"),
+            "data.dataset=cats is unknown; valid: digits, imagefolder, package",
+        ),
+        (lambda: listops_data(min_length=50, max_length=20).setup(), "data.max_length=20 .* data.min_length=50"),
+        (
+            lambda: listops_data(max_depth=2, max_args=3, min_length=40, max_length=80).setup(),
             "data.min_length=40 cannot be reached",
         ),
         (lambda: LMData(num_workers=-1), "data.num_workers=-1"),
@@ -230,19 +242,19 @@ def test_bad_values_are_named(make, message):
 
 
 def test_a_batch_larger_than_the_data_is_refused():
-    data = LRAData(train_size=8, eval_size=8, batch_size=9)
+    data = listops_data(train_size=8, eval_size=8, batch_size=9)
     data.setup()
     with pytest.raises(ConfigError, match=r"data.batch_size=9 exceeds the 8 training samples"):
         data.train_dataloader()
 
 
 def test_resuming_with_other_data_is_refused():
-    data = LRAData(train_size=20, eval_size=5, batch_size=4)
+    data = listops_data(train_size=20, eval_size=5, batch_size=4, max_args=5)
     data.setup()
-    other = LRAData(train_size=20, eval_size=5, batch_size=4, max_args=4)
+    other = listops_data(train_size=20, eval_size=5, batch_size=4, max_args=4)
     other.setup()
     other.load_state_dict(data.state_dict())
-    with pytest.raises(ConfigError, match="the training data is not the checkpoint's"):
+    with pytest.raises(ConfigError, match=r"training data is not the checkpoint's \(data.max_args=4 .checkpoint: 5"):
         other.train_dataloader()
 
 

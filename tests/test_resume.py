@@ -86,7 +86,7 @@ def corpus(tmp_path_factory):
 
 def flags(task, extra, corpus, record, **recorder):
     init = "".join(f", {key}: {value}" for key, value in recorder.items())
-    own = [f"data.source={corpus}"] if task == "lm" else []
+    own = [f"data.path={corpus}"] if task == "lm" else []
     hook = f'trainer.callbacks=[{{class_path: recorder.Recorder, init_args: {{path: "{record}"{init}}}}}]'
     return [f"task={task}", *COMMON, *SMALL[task], *own, *extra, hook]
 

@@ -55,13 +55,15 @@ def make(corpus):
         size = {"dim": 32, "depth": 2, "expand_ratio": 8, "glu_width": 32, **options.pop("backbone", {})}
         optim = OptimConfig(lr=5e-3, schedule="constant", **options.pop("optim", {}))
         if domain == "lm":
-            task = LMTask(HGRN2Config(**size), optim, sample_tokens=8, seed=seed)
-            return task, LMData(source=str(corpus), seq_len=32, batch_size=8, seed=seed, **options)
+            data = LMData(path=str(corpus), options={"seq_len": 32}, batch_size=8, seed=seed, **options)
+            return LMTask(HGRN2Config(**size), optim, sample_tokens=8, seed=seed, **data.info), data
         size |= {"scan": "bidirectional", "lower_bound": "exclusive"}
         if domain == "vision":
-            return VisionTask(HGRN2Config(**size), optim, seed=seed), VisionData(batch_size=32, seed=seed, **options)
-        data = LRAData(train_size=256, eval_size=50, max_length=20, batch_size=16, seed=seed, **options)
-        return LRATask(HGRN2Config(**size), optim, seed=seed), data
+            data = VisionData(batch_size=32, seed=seed, **options)
+            return VisionTask(HGRN2Config(**size), optim, seed=seed, **data.info), data
+        small = {"train_size": 256, "eval_size": 50, "max_length": 20}
+        data = LRAData(options=small, batch_size=16, seed=seed, **options)
+        return LRATask(HGRN2Config(**size), optim, seed=seed, **data.info), data
 
     return build
 
@@ -116,7 +118,7 @@ def test_fast_dev_run(make, domain, tmp_path):
 )  # fmt: skip
 def test_a_model_that_does_not_fit_the_data_is_refused(make, domain, key, value, tmp_path):
     task, data = make(domain)
-    misfit = type(task)(task.backbone_config, task.optim_config, **{key: value})
+    misfit = type(task)(task.backbone_config, task.optim_config, **{**data.info, key: value})
     with pytest.raises(ConfigError, match=rf"model.{key}={value} does not fit .* needs {key}="):
         quiet_trainer(tmp_path, fast_dev_run=True).fit(misfit, data)
 
@@ -129,9 +131,9 @@ def test_triton_on_a_cpu_is_refused(make, tmp_path):
 
 def test_bad_model_values_are_named(make):
     with pytest.raises(ConfigError, match=r"model.seed=-1"):
-        make("vision", seed=0)[0].__class__(seed=-1)
+        VisionTask(seed=-1, num_classes=10, img_size=8, in_chans=1)
     with pytest.raises(ConfigError, match=r"model.temperature=-1"):
-        LMTask(temperature=-1)
+        LMTask(temperature=-1, vocab_size=256)
 
 
 def test_a_nan_in_evaluation_shows(make, tmp_path):

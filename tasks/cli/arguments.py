@@ -5,14 +5,16 @@ import re
 import shutil
 import textwrap
 import types
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Union, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader
 
 from hgrn2.config import ConfigError
-from tasks.cli.compose import at, flatten, nearest, shipped_tasks
+from tasks.cli.compose import RENAMED, at, flatten, nearest, shipped_tasks
 
 COMMANDS = ("fit", "validate", "test", "predict")
 ASSIGNMENT = re.compile(r"(?:--)?([A-Za-z_][\w.]*\+?)=(.*)", re.DOTALL)
@@ -80,6 +82,28 @@ def read_request(argv: list[str]) -> Request:
             hint = f"; did you mean {'task=' if close[0] not in COMMANDS else ''}{close[0]}?" if close else ""
             raise ConfigError(f"{token}: expected key=value, or one of {', '.join(COMMANDS)}{hint}")
     return request
+
+
+def renamed(tokens: list[str], say: Callable[[str], Any]) -> list[str]:
+    """Old names of settings replaced by today's, each with a line."""
+    tokens = list(tokens)
+    for i, token in enumerate(tokens):
+        dashes, name, rest = re.fullmatch(r"(-*)([\w.]*)(.*)", token, re.DOTALL).groups()
+        if name in RENAMED and (rest.startswith("=") or (dashes and not rest)):
+            tokens[i] = f"{dashes}{RENAMED[name]}{rest}"
+            say(f"{name} is called {RENAMED[name]} now")
+    return tokens
+
+
+def peek(tokens: list[str], key: str) -> str | None:
+    """The last value that was typed for a key, before its type is known; None where it was not typed."""
+    value = None
+    for token, following in zip_longest(tokens, tokens[1:], fillvalue=""):
+        if (match := ASSIGNMENT.fullmatch(token)) and match[1] == key:
+            value = match[2]
+        elif token == f"--{key}":
+            value = following
+    return value
 
 
 def _hint(action: Any) -> Any:

@@ -3,22 +3,24 @@
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_only
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
-from hgrn2.config import ConfigError
-from tasks import TASKS
+from hgrn2.config import ConfigError, check
+from tasks.base import left_to_data, misfits
 from tasks.callbacks import CALLBACKS
 from tasks.cli import arguments as args
 from tasks.cli import compose
 from tasks.cli.checkpoints import Checkpoints
+from tasks.cli.classes import choose_classes
 from tasks.cli.loggers import LOGGERS, make_loggers
 from tasks.cli.record import Record
 from tasks.cli.reliability import Guard
@@ -46,24 +48,26 @@ class TaskCLI(LightningCLI):
         self.request, self.signals = request, signals
         self.task = compose.task_name(request.task)
         domain, self.layers = compose.load_task(request.task)
-        if domain not in TASKS:
-            raise ConfigError(f"domain={domain}: must be one of {', '.join(TASKS)}")
-        self.domain = domain
+        self.layers = compose.renamed(self.layers, rank_zero_info)
+        request.tokens = args.renamed(request.tokens, rank_zero_info)
+        dataset = args.peek(request.tokens, "data.dataset") or compose.at(self.layers, "data.dataset")
+        self.classes = choose_classes(domain, self.layers, compose.task_file(request.task).parent, dataset)
+        self.layers = self.classes.flat(self.layers, f"task={request.task}")
         self.choice = Choice()
         self.folder: Path | None = None
         self.fresh = False
         self.start_step = 0
         self.guard: Guard | None = None
         self.nothing_left: str | None = None
-        model_class, data_class = TASKS[domain]
         super().__init__(
-            model_class,
-            data_class,
+            self.classes.model,
+            self.classes.described_data,
             save_config_callback=None,
             parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "parser_mode": "core"},
             args=[],
             run=False,
             auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # tasks keep their own hyper-parameters (tasks/base.py)
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -82,6 +86,8 @@ class TaskCLI(LightningCLI):
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         for name, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, name)
+        for made_later in (self.classes.model, self.classes.described_data):
+            parser.add_instantiator(_postponed, made_later, subclasses=False)
 
     def parse_arguments(self, parser: LightningArgumentParser, _: Any) -> None:
         """Layers files and flags, then types the whole. Interpolations are resolved after the last layer."""
@@ -98,7 +104,7 @@ class TaskCLI(LightningCLI):
         resolved = compose.resolve(config)
         self.root = root
         self.config = args.typed(parser, resolved)
-        self.resolved = {"domain": self.domain} | args.plain(parser, self.config)
+        self.resolved = args.plain(parser, self.config)
         defaults = args.plain(parser, parser.get_defaults())
         self.changed = compose.changed(config, self.layers, defaults)
         if self.request.help:
@@ -108,7 +114,7 @@ class TaskCLI(LightningCLI):
             self.resolved.pop(key, None)
         self.resolved = compose.without_nulls(self.resolved, self.layers, defaults)
         if self.request.print_config:
-            sys.stdout.write(compose.to_yaml(self.resolved))
+            sys.stdout.write(compose.to_yaml(self.classes.saved(self.resolved)))
             raise Done
 
     def _decide(self, root: Path, once: dict[str, Any]) -> Choice:
@@ -122,9 +128,10 @@ class TaskCLI(LightningCLI):
     def _over_run(self, config: dict[str, Any], typed: dict[str, Any]) -> dict[str, Any]:
         """A run that is continued brings its whole configuration, one that is evaluated its model and data."""
         saved = compose.read(self.choice.config)
+        saved = self.classes.flat(compose.renamed(saved, rank_zero_info), str(self.choice.config))
         saved = compose.without(saved, RETIRED)
         saved = compose.merge(compose.nulls(args.plain(self.parser, self.parser.get_defaults())), saved)
-        if saved.pop("domain", self.domain) != self.domain:
+        if saved.pop("domain", self.classes.domain) != self.classes.domain:
             raise ConfigError(f"{self.choice.checkpoint}: of another domain than task={self.task}")
         if self.request.command != "fit":
             saved = {key: saved[key] for key in ("model", "data", "seed") if key in saved}
@@ -137,9 +144,15 @@ class TaskCLI(LightningCLI):
         seed_everything(seed, workers=True, verbose=False)
 
     def instantiate_classes(self) -> None:
-        """Model and data; the Trainer comes later (``make_trainer``), when they are known to be valid."""
+        """Data, then the model that fits them; the Trainer comes later (``make_trainer``), when both are valid."""
         self.config_init = self.parser.instantiate(self.config)
-        self.model, self.datamodule = self.config_init["model"], self.config_init["data"]
+        self.datamodule = self.classes.make_data(self.config_init["data"].keywords)
+        self.datamodule.setup(self.request.command)
+        info, make_model = self.datamodule.info, self.config_init["model"]
+        check(misfits(make_model.keywords, info, f"data.dataset={self.datamodule.dataset}"))
+        said = left_to_data(make_model.keywords, info)
+        self.resolved["model"] |= said
+        self.model = make_model(**said)
 
     @property
     def stepped(self) -> bool:
@@ -167,7 +180,9 @@ class TaskCLI(LightningCLI):
         # Where Lightning would look for a SLURM checkpoint of anybody's, and put what has no other place.
         settings["default_root_dir"] = self.folder or (start and run_around(start)) or self.root
         self.guard = Guard(self.signals, checkpoints, start)
-        record = Record(self.folder and self.folder / "config.yaml", self.task, self.resolved, self.changed, self.fresh)
+        changed = {key: compose.at(self.resolved, key) for key in self.changed}
+        path, config = self.folder and self.folder / "config.yaml", self.classes.saved(self.resolved)
+        record = Record(path, self.task, config, changed, self.fresh)
         settings["callbacks"] = [self.guard, record, Compile(self.config["compile"]), *_listed(settings["callbacks"])]
         settings["plugins"] = [*_listed(settings["plugins"]), AtomicCheckpointIO()]
         step = self.start_step if self.choice.run else None
@@ -200,6 +215,11 @@ class TaskCLI(LightningCLI):
             self.folder = self.choice.run
         else:
             self.folder, self.fresh = new_run(self.root, self.task), True
+
+
+def _postponed(model: type, *args: Any, applied_instantiation_links: Any = None, **values: Any) -> partial:
+    """In the place of model and data: the data are made first, and say what the model has to know."""
+    return partial(model, *args, **values)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -6,7 +6,7 @@ runs once, after all layers are merged: that is why they follow an override.
 
 import difflib
 import re
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from hgrn2.config import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SHOWN_ONLY = ("run_root", "logger", "progress", "samples")  # settings that change no result
+RENAMED = {"data.source": "data.path", "data.task": "data.dataset"}  # old settings, which are still read
 YAML_WORDS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null", "none", "nan", "inf"}
 
 
@@ -91,8 +92,11 @@ def merge(under: Any, over: Any) -> Any:
     return under | {key: merge(under[key], value) if key in under else value for key, value in over.items()}
 
 
-def load_task(task: str) -> tuple[str, dict[str, Any]]:
-    """(domain, configs/base.yaml with the task's parents and its own file on top, unresolved)."""
+def load_task(task: str) -> tuple[str | None, dict[str, Any]]:
+    """(domain, configs/base.yaml with the task's parents and its own file on top, unresolved).
+
+    A task whose model is a person's own (`model.class_path`) may have no domain.
+    """
     layers: list[dict[str, Any]] = []
     seen: list[Path] = []
     path = task_file(task)
@@ -109,8 +113,9 @@ def load_task(task: str) -> tuple[str, dict[str, Any]]:
     for layer in reversed(layers):
         config = merge(config, layer)
     domain = config.pop("domain", None)
-    if domain is None:
-        raise ConfigError(f"{seen[-1]}: a task file needs 'parent: NAME' or 'domain: lm|vision|lra'")
+    if domain is None and at(config, "model.class_path") is None:
+        needs = "'parent: NAME', 'domain: lm|vision|lra' or model.class_path"
+        raise ConfigError(f"{seen[-1]}: a task file needs {needs}")
     return domain, config
 
 
@@ -174,6 +179,18 @@ def without(config: dict[str, Any], keys: Container[str], prefix: str = "") -> d
         for key, value in config.items()
         if f"{prefix}{key}" not in keys
     }
+
+
+def renamed(config: dict[str, Any], say: Callable[[str], Any]) -> dict[str, Any]:
+    """Old names of settings replaced by today's, each with a line."""
+    for old, new in RENAMED.items():
+        section, _, name = old.partition(".")
+        if not isinstance(below := config.get(section), dict) or name not in below:
+            continue
+        rest = {key: value for key, value in below.items() if key != name}
+        config = config | {section: {new.partition(".")[2]: below[name]} | rest}
+        say(f"{old} is called {new} now")
+    return config
 
 
 def escape(value: Any) -> Any:

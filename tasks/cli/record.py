@@ -20,11 +20,13 @@ class Record(Callback):
         path: of config.yaml; None: not written
         task: the task's name
         config: the resolved configuration
-        changed: the keys whose values differ from the task's defaults
+        changed: the settings whose values differ from the task's defaults
         fresh: whether the run is a new one
     """
 
-    def __init__(self, path: Path | None, task: str, config: dict[str, Any], changed: list[str], fresh: bool) -> None:
+    def __init__(
+        self, path: Path | None, task: str, config: dict[str, Any], changed: dict[str, Any], fresh: bool
+    ) -> None:
         self.path, self.task, self.config, self.changed, self.fresh = path, task, config, changed, fresh
         self._start = 0
         self._written = path is None
@@ -50,6 +52,6 @@ class Record(Callback):
         write_atomically(self.path, lambda file: file.write((head + text).encode()))
         for logger in trainer.loggers:
             if isinstance(logger, RunTensorBoard):
-                logger.log_settings({"task": self.task} | {key: compose.at(self.config, key) for key in self.changed})
+                logger.log_settings({"task": self.task} | self.changed)
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("config", "    " + text.replace("\n", "\n    "), self._start)

@@ -8,7 +8,7 @@ from torch import Tensor
 from hgrn2 import HGRN2Config
 from hgrn2.config import check
 from hgrn2.loss import IGNORED, linear_cross_entropy
-from tasks.base import Task, as_config
+from tasks.base import Task, known
 from tasks.lm.model import LanguageModel
 from tasks.optim import OptimConfig
 
@@ -19,7 +19,7 @@ class LMTask(Task):
     Args:
         backbone: the HGRN2 backbone (scan: causal).
         optim: optimiser and schedule.
-        vocab_size: number of tokens; 256 for bytes.
+        vocab_size: number of tokens; null for what the data says, more is allowed.
         tie_embeddings: one matrix for embedding and output.
         prompt: text that the logged sample continues.
         sample_tokens: length of the logged sample.
@@ -33,26 +33,19 @@ class LMTask(Task):
         self,
         backbone: HGRN2Config = HGRN2Config(),
         optim: OptimConfig = OptimConfig(),
-        vocab_size: int = 256,
+        vocab_size: int | None = None,
         tie_embeddings: bool = True,
         prompt: str = "def ",
         sample_tokens: int = 256,
         temperature: float = 0.8,
         seed: int = 0,
     ):
-        backbone, optim = as_config(HGRN2Config, backbone), as_config(OptimConfig, optim)
-        own = {
-            "vocab_size": vocab_size,
-            "tie_embeddings": tie_embeddings,
-            "prompt": prompt,
-            "sample_tokens": sample_tokens,
-            "temperature": temperature,
-        }
-        least = {"vocab_size": 1, "sample_tokens": 0, "temperature": 0}
-        check([f"model.{k}={own[k]} must be at least {v}" for k, v in least.items() if not own[k] >= v])
-        super().__init__(backbone, optim, seed, own)
+        known(vocab_size=vocab_size)
+        least = {"vocab_size": (vocab_size, 1), "sample_tokens": (sample_tokens, 0), "temperature": (temperature, 0)}
+        check([f"model.{k}={value} must be at least {v}" for k, (value, v) in least.items() if not value >= v])
+        super().__init__(backbone, optim, seed)
         self.prompt, self.sample_tokens, self.temperature = prompt, sample_tokens, temperature
-        self.model = LanguageModel(backbone, vocab_size, tie_embeddings)
+        self.model = LanguageModel(self.backbone_config, vocab_size, tie_embeddings)
 
     def _token_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Cross-entropy of each target `[B, T]` and the mask of targets that count."""

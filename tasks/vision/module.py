@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from hgrn2 import HGRN2Config
-from tasks.base import ClassificationTask, as_config
+from tasks.base import ClassificationTask, known
 from tasks.optim import OptimConfig
 from tasks.plots import image_grid
 from tasks.vision.model import ImageClassifier
@@ -16,10 +16,10 @@ class VisionTask(ClassificationTask):
     Args:
         backbone: the HGRN2 backbone.
         optim: optimiser and schedule.
-        num_classes: number of labels.
-        img_size: side of the square images, in pixels.
+        num_classes: number of labels; null for what the data says.
+        img_size: side of the square images in pixels; null for what the data says.
         patch_size: side of a patch; tokens = (img_size / patch_size)^2.
-        in_chans: channels of the images.
+        in_chans: channels of the images; null for what the data says.
         label_smoothing: in training.
         seed: of dropout and other randomness in training.
     """
@@ -28,17 +28,16 @@ class VisionTask(ClassificationTask):
         self,
         backbone: HGRN2Config = HGRN2Config(scan="bidirectional", lower_bound="exclusive"),
         optim: OptimConfig = OptimConfig(),
-        num_classes: int = 10,
-        img_size: int = 8,
+        num_classes: int | None = None,
+        img_size: int | None = None,
         patch_size: int = 4,
-        in_chans: int = 1,
+        in_chans: int | None = None,
         label_smoothing: float = 0.0,
         seed: int = 0,
     ):
-        backbone, optim = as_config(HGRN2Config, backbone), as_config(OptimConfig, optim)
-        own = {"img_size": img_size, "patch_size": patch_size, "in_chans": in_chans}
-        super().__init__(backbone, optim, seed, num_classes, label_smoothing, own)
-        self.model = ImageClassifier(backbone, num_classes=num_classes, **own)
+        known(img_size=img_size, in_chans=in_chans)
+        super().__init__(backbone, optim, seed, num_classes, label_smoothing)
+        self.model = ImageClassifier(self.backbone_config, img_size, patch_size, in_chans, num_classes)
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
         return self.model(batch["image"])
@@ -50,7 +49,7 @@ class VisionTask(ClassificationTask):
     @torch.no_grad()
     def show_samples(self, writer, batch: dict[str, Tensor], step: int) -> None:
         """A grid of held-out images with predicted and true labels."""
-        names = self.trainer.datamodule.class_names
+        names = self.trainer.datamodule.class_names(self.num_classes)
         preds = self.logits(batch).argmax(-1)
         captions = [
             (f"{names[p]}" if p == t else f"{names[p]}, is {names[t]}", p == t)
