@@ -14,7 +14,8 @@ from tasks.optim import OptimConfig, build_optimizer, learning_rate, may_fuse, p
 
 @pytest.mark.parametrize("domain", TASKS)
 def test_every_parameter_is_in_one_group(domain):
-    task = TASKS[domain][0]()
+    task, data = TASKS[domain]
+    task = task(**data().info)
     decayed, plain = parameter_groups(task, OptimConfig())
     assert sum(len(g["params"]) for g in (decayed, plain)) == len(list(task.parameters()))
     names = {p: name for name, p in task.named_parameters()}
@@ -27,7 +28,7 @@ def test_every_parameter_is_in_one_group(domain):
 
 
 def test_weight_decay_on_everything():
-    task = TASKS["lm"][0]()
+    task = TASKS["lm"][0](vocab_size=256)
     config = OptimConfig(decay_embeddings=True, decay_lower_bounds=True, decay_norms_and_biases=True)
     (group,) = parameter_groups(task, config)
     assert len(group["params"]) == len(list(task.parameters()))

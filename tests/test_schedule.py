@@ -15,6 +15,7 @@ from tasks.vision.data import VisionData
 from tasks.vision.module import VisionTask
 
 LR = 0.5
+DIGITS = {"num_classes": 10, "img_size": 8, "in_chans": 1}
 SMALL = HGRN2Config(dim=16, depth=1, expand_ratio=4, scan="bidirectional", lower_bound=None, glu_width=16)
 
 
@@ -109,7 +110,7 @@ def test_a_schedule_that_the_run_cannot_finish_is_said():
 
 def fit(folder, optim, ckpt_path=None, callbacks=(), **limits):
     """Trains on the digits; returns (the rate of each step, the task, the checkpoint's path)."""
-    task, data = VisionTask(SMALL, optim), VisionData(batch_size=100)  # 12 batches
+    task, data = VisionTask(SMALL, optim, **DIGITS), VisionData(batch_size=100)  # 12 batches
     rates = []
     task.on_train_batch_end = lambda *_: rates.append(task.trainer.optimizers[0].param_groups[0]["lr"])
     defaults = dict(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, limit_val_batches=0)
@@ -156,7 +157,7 @@ def test_the_first_resumed_step_follows_the_new_schedule(tmp_path):
     seen = []
     optim = OptimConfig(lr=LR)
     _, _, saved = fit(tmp_path, optim, max_steps=10)
-    task = VisionTask(SMALL, optim)
+    task = VisionTask(SMALL, optim, **DIGITS)
     task.on_train_batch_start = lambda *_: seen.append(task.trainer.optimizers[0].param_groups[0]["lr"])
     Trainer(
         max_steps=11, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
