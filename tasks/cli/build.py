@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +59,7 @@ class TaskCLI(LightningCLI):
         self.guard: Guard | None = None
         self.nothing_left: str | None = None
         super().__init__(
-            self.classes.model,
-            self.classes.described_data,
+            *self.classes.described(),
             save_config_callback=None,
             parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "parser_mode": "core"},
             args=[],
@@ -86,8 +84,6 @@ class TaskCLI(LightningCLI):
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         for name, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, name)
-        for made_later in (self.classes.model, self.classes.described_data):
-            parser.add_instantiator(_postponed, made_later, subclasses=False)
 
     def parse_arguments(self, parser: LightningArgumentParser, _: Any) -> None:
         """Layers files and flags, then types the whole. Interpolations are resolved after the last layer."""
@@ -146,13 +142,13 @@ class TaskCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Data, then the model that fits them; the Trainer comes later (``make_trainer``), when both are valid."""
         self.config_init = self.parser.instantiate(self.config)
-        self.datamodule = self.classes.make_data(self.config_init["data"].keywords)
+        self.datamodule = self.classes.make_data(self.config_init["data"].values)
         self.datamodule.setup(self.request.command)
-        info, make_model = self.datamodule.info, self.config_init["model"]
-        check(misfits(make_model.keywords, info, f"data.dataset={self.datamodule.dataset}"))
-        said = left_to_data(make_model.keywords, info)
+        values, info = self.config_init["model"].values, self.datamodule.info
+        check(misfits(values, info, f"data.dataset={self.datamodule.dataset}"))
+        said = left_to_data(values, info)
         self.resolved["model"] |= said
-        self.model = make_model(**said)
+        self.model = self.classes.model(**values | said)
 
     @property
     def stepped(self) -> bool:
@@ -215,11 +211,6 @@ class TaskCLI(LightningCLI):
             self.folder = self.choice.run
         else:
             self.folder, self.fresh = new_run(self.root, self.task), True
-
-
-def _postponed(model: type, *args: Any, applied_instantiation_links: Any = None, **values: Any) -> partial:
-    """In the place of model and data: the data are made first, and say what the model has to know."""
-    return partial(model, *args, **values)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 import inspect
 import sys
 from dataclasses import dataclass
+from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,24 @@ class Classes:
     paths: dict[str, str]  # section -> class_path, for a person's own
     model: type[Task]
     data: type[TaskData]
-    described_data: type[TaskData]  # `data` as the parser sees it
+    dataset: type | None
+    options: dict[str, Parameter]  # of the data set: settings beside those of `data`
+
+    def described(self) -> tuple[type, type]:
+        """Model and data for the parser: classes that only keep what they are given, since the model has to wait for
+        the data, which has its data set's options beside its own arguments."""
+        own = arguments_of(self.data) | self.options
+        if self.dataset is not None:
+            del own["options"]
+        doc = (self.dataset or self.data).__doc__
+        return _described(self.model, arguments_of(self.model), self.model.__doc__), _described(self.data, own, doc)
 
     def make_data(self, values: dict[str, Any]) -> TaskData:
         """The data module, out of its own arguments and its data set's options side by side."""
-        own = inspect.signature(self.data).parameters
-        mine = {key: value for key, value in values.items() if key in own}
-        options = {key: value for key, value in values.items() if key not in own}
-        return self.data(**mine, **({"options": options} if options else {}))
+        own = {key: value for key, value in values.items() if key not in self.options}
+        if self.options:
+            own["options"] = {key: values[key] for key in self.options}
+        return self.data(**own)
 
     def flat(self, config: dict[str, Any], source: str) -> dict[str, Any]:
         """A configuration without class_path and init_args: `model.dim`, whoever wrote the model."""
@@ -40,7 +51,7 @@ class Classes:
             raise ConfigError(f"{source}: its {key}.class_path={path}, the task's is {self.paths.get(key, 'our own')}")
         flat = {key: _flat(value) if key in SECTIONS else value for key, value in config.items()}
         for key in self.paths:  # base.yaml's, which a changed class has dropped
-            if "seed" in inspect.signature(getattr(self, key)).parameters:
+            if "seed" in arguments_of(getattr(self, key)):
                 flat[key] = {"seed": "${seed}"} | flat.get(key, {})
         return flat
 
@@ -77,34 +88,49 @@ def choose_classes(domain: str | None, config: dict[str, Any], near: Path, datas
         if not issubclass(found[key], SECTIONS[key]):
             base = SECTIONS[key]
             raise ConfigError(f"{key}.class_path={path}: must be a subclass of {base.__module__}.{base.__name__}")
-    return Classes(domain, paths, found["model"], found["data"], described(found["data"], dataset))
+    dataset_class, options = _choose_dataset(found["data"], dataset)
+    return Classes(domain, paths, found["model"], found["data"], dataset_class, options)
 
 
-def described(data: type[TaskData], dataset: str | None) -> type[TaskData]:
-    """A data module for the parser to look at: its constructor has the data set's options beside its own."""
-    own = inspect.signature(data, eval_str=True).parameters
+def _choose_dataset(data: type[TaskData], name: str | None) -> tuple[type | None, dict[str, Parameter]]:
+    """The data set's class and options; none where a person's data module takes no `dataset`."""
+    own = arguments_of(data)
     if not {"dataset", "options"} <= own.keys():
-        return data
-    name, dataset_class = data.choose(own["dataset"].default if dataset is None else dataset)
-    options = options_of(dataset_class)
+        return None, {}
+    name, found = data.choose(own["dataset"].default if name is None else name)
+    options = options_of(found)
     if both := options.keys() & own.keys():
         raise ConfigError(f"data.dataset={name}: its option {', '.join(both)} has the name of one of data's own")
-
-    def init(self, **values: Any) -> None: ...
-
-    parameters = [parameter for key, parameter in own.items() if key != "options"] + [*map(_typed, options.values())]
-    init.__name__, init.__signature__ = (
-        "__init__",
-        inspect.Signature(
-            [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
-            + [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
-        ),
-    )
-    body = {"__init__": init, "__doc__": dataset_class.__doc__, "__module__": data.__module__}
-    return type(data)(data.__name__, (data,), body)
+    return found, options
 
 
-def _typed(parameter: inspect.Parameter) -> inspect.Parameter:
+def _described(kind: type, arguments: dict[str, Parameter], doc: str | None) -> type:
+    """A class in the place of `kind`, for the parser: it takes `arguments` and only keeps their `values`."""
+
+    def init(self, **values: Any) -> None:
+        self.__dict__["values"] = values
+
+    parameters = [_typed(parameter).replace(kind=Parameter.KEYWORD_ONLY) for parameter in arguments.values()]
+    this = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)
+    init.__name__, init.__signature__ = "__init__", inspect.Signature([this, *parameters])
+    return type(kind)(kind.__name__, (kind,), {"__init__": init, "__doc__": doc, "__module__": kind.__module__})
+
+
+def arguments_of(kind: type) -> dict[str, Parameter]:
+    """The arguments of a class's constructor, with those that it hands on to its parents by **kwargs."""
+    found: dict[str, Parameter] = {}
+    for parent in kind.__mro__:
+        if "__init__" not in vars(parent):
+            continue
+        own = list(inspect.signature(parent.__init__, eval_str=True).parameters.values())[1:]
+        named = [p for p in own if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)]
+        found = {p.name: p for p in named} | found
+        if not any(p.kind is Parameter.VAR_KEYWORD for p in own):
+            break
+    return found
+
+
+def _typed(parameter: Parameter) -> Parameter:
     """An option that its author gave no type takes that of its default."""
     if parameter.annotation is not parameter.empty or parameter.default in (None, parameter.empty):
         return parameter
