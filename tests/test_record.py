@@ -374,7 +374,12 @@ def test_auto_does_not_take_mps(tmp_path, monkeypatch, capsys):
 
 
 def test_mps_is_refused(tmp_path, monkeypatch):
-    task = VisionTask(backbone=HGRN2Config(dim=16, depth=1, expand_ratio=4, scan="bidirectional"))
+    task = VisionTask(
+        backbone=HGRN2Config(dim=16, depth=1, expand_ratio=4, scan="bidirectional"),
+        num_classes=10,
+        img_size=8,
+        in_chans=1,
+    )
     task._trainer = SimpleNamespace(datamodule=None, strategy=SimpleNamespace(root_device=torch.device("mps")))
     with pytest.raises(ConfigError, match=r"trainer\.accelerator=mps"):
         task.setup("fit")
