@@ -10,7 +10,7 @@ from timm.layers import GluMlp
 from torch import Tensor, nn
 
 from hgrn2.ops.gates import without_autocast
-from hgrn2.ops.glu import glu
+from hgrn2.ops.glu import glu, glu_linear
 
 _GLU_ACTS = {None: nn.Identity, "silu": nn.SiLU, "sigmoid": nn.Sigmoid, "gelu": nn.GELU, "relu": nn.ReLU}
 
@@ -153,14 +153,17 @@ def apply_norm(norm: nn.Module, x: Tensor, pad: Tensor | None) -> Tensor:
 
 
 class GLU(GluMlp):
-    """timm's GLU, `W2 (act(W1 x) * W3 x)`, with its gate in one launch on CUDA."""
+    """timm's GLU, `W2 (act(W1 x) * W3 x)`, gated in one launch on CUDA, and no gated tensor is kept."""
 
     def __init__(self, dim: int, width: int, act: str | None, bias: bool):
         super().__init__(dim, 2 * width, act_layer=_GLU_ACTS[act], bias=bias, gate_last=False)
         self.act_name = act
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(glu(self.fc1(x), self.act_name))
+        packed, last = self.fc1(x), self.fc2
+        if type(last) is not nn.Linear or last._forward_hooks or last._forward_pre_hooks:  # another kind of product
+            return last(glu(packed, self.act_name))
+        return glu_linear(packed, last.weight, last.bias, self.act_name)
 
 
 def make_glu(dim: int, width: int, act: str | None, bias: bool) -> GLU:

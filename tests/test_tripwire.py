@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from timm.layers import DropPath
 from torch import nn
 
 from hgrn2 import HGRN2Config, HGRN2Mixer
 from hgrn2.backbone import Block
 from hgrn2.fused import block_consists, glu_consists, mixer_consists, norm_consists
+from hgrn2.layers import DropPath
 
 PARTS = ("", "mixer_norm", "mixer", "mixer.in_proj", "mixer.norm", "mixer.out_proj", "glu_norm", "dropout", "drop_path")
 PARTS += tuple(f"glu{part}" for part in ("", ".fc1", ".act", ".drop1", ".norm", ".fc2", ".drop2"))

@@ -1,14 +1,18 @@
-"""The gate of a GLU, `act(a) * b` of `[a, b]` in one tensor, in one launch forward and one backward.
+"""The second half of a GLU: `act(a) * b` of `[a, b]` in one tensor, one launch each way, and the product after it.
 
-What a compiler makes of it writes the gradient as two halves that each read what the other has read. Rounded once, to
-the input's dtype, where plain torch rounds the activation first.
+What a compiler makes of the gate's gradient is two halves that each read what the other has read. The gated tensor,
+which the gradient of the product's weight needs, is not kept: the launch of the gate's gradient writes it again.
+Rounded once, to the input's dtype, where plain torch rounds the activation first.
 
-Legend: W hidden width.
+Legend: W hidden width, D output width.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from hgrn2.ops import launch
 from hgrn2.ops.gates import tl, triton
@@ -17,17 +21,33 @@ ACTS = (None, "silu", "sigmoid", "gelu", "relu")
 _TORCH = (lambda x: x, F.silu, torch.sigmoid, F.gelu, F.relu)
 
 _LIBRARY = torch.library.Library("hgrn2", "FRAGMENT")
-_LIBRARY.define("glu(Tensor packed, int act) -> Tensor")
-_LIBRARY.define("glu_backward(Tensor grad, Tensor packed, int act) -> Tensor")
+_LIBRARY.define("glu_backward(Tensor grad, Tensor packed, int act) -> (Tensor, Tensor)")
+_LIBRARY.define("glu_linear(Tensor packed, Tensor weight, Tensor? bias, int act) -> Tensor")
+
+
+def glu_linear(packed: Tensor, weight: Tensor, bias: Tensor | None, act: str | None) -> Tensor:
+    """`(act(a) * b) @ weight.T + bias` for `packed` = [a, b] along the last dim.
+
+    Args:
+        packed: `[..., 2W]`.
+        weight: `[D, W]`, and bias `[D]` or None; taken in packed's dtype.
+        act: one of `ACTS`.
+
+    Returns:
+        `[..., D]` in packed's dtype. On CUDA it has first derivatives only.
+    """
+    code = ACTS.index(act)
+    if _runs_triton(packed) or torch.compiler.is_compiling():
+        bias = None if bias is None else bias.to(packed.dtype)
+        return torch.ops.hgrn2.glu_linear(packed, weight.to(packed.dtype), bias, code)
+    a, b = packed.chunk(2, dim=-1)
+    return F.linear(_TORCH[code](a) * b, weight, bias)
 
 
 def glu(packed: Tensor, act: str | None) -> Tensor:
-    """`act(a) * b` for `packed` = [a, b] along the last dim: `[..., 2W]` -> `[..., W]`; act is one of `ACTS`."""
-    code = ACTS.index(act)
-    if _runs_triton(packed) or torch.compiler.is_compiling():
-        return torch.ops.hgrn2.glu(packed, code)
+    """The gate alone, in plain torch: `[..., 2W]` -> `[..., W]`."""
     a, b = packed.chunk(2, dim=-1)
-    return _TORCH[code](a) * b
+    return _TORCH[ACTS.index(act)](a) * b
 
 
 def _runs_triton(packed: Tensor) -> bool:
@@ -47,18 +67,23 @@ def _glu(packed: Tensor, act: int) -> Tensor:
     return out
 
 
-def _glu_backward(grad: Tensor, packed: Tensor, act: int) -> Tensor:
+def _glu_linear(packed: Tensor, weight: Tensor, bias: Tensor | None, act: int) -> Tensor:
+    return F.linear(_glu(packed, act), weight, bias)
+
+
+def _glu_backward(grad: Tensor, packed: Tensor, act: int) -> tuple[Tensor, Tensor]:
+    """The gradient of packed `[..., 2W]` for that of the gated tensor `[..., W]`, and the gated tensor again."""
     if not _runs_triton(packed):
         a, b = packed.to(torch.promote_types(packed.dtype, torch.float32)).chunk(2, dim=-1)
         y, dy = _TORCH[act](a), _derivative(a, act)
-        return torch.cat([grad * b * dy, grad * y], dim=-1).to(packed.dtype)
+        return torch.cat([grad * b * dy, grad * y], dim=-1).to(packed.dtype), (y * b).to(packed.dtype)
     packed, grad = packed.contiguous(), grad.contiguous()
-    out = torch.empty_like(packed)
+    out, gated = torch.empty_like(packed), torch.empty_like(grad)
     with launch.on_device(packed):
         glu_backward_kernel[(triton.cdiv(grad.numel(), _BLOCK),)](
-            grad, packed, out, grad.numel(), packed.shape[-1] // 2, act, _BLOCK
+            grad, packed, out, gated, grad.numel(), packed.shape[-1] // 2, act, _BLOCK
         )
-    return out
+    return out, gated
 
 
 def _derivative(x: Tensor, act: int) -> Tensor:
@@ -73,29 +98,46 @@ def _derivative(x: Tensor, act: int) -> Tensor:
 
 
 def _save(ctx, inputs, output) -> None:
-    packed, ctx.act = inputs
-    ctx.save_for_backward(packed)
+    packed, weight, bias, ctx.act = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(packed, weight)
 
 
-def _differentiate(ctx, grad: Tensor) -> tuple[Tensor, None]:
-    return torch.ops.hgrn2.glu_backward(grad, *ctx.saved_tensors, ctx.act), None
+def _differentiate(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    packed, weight = ctx.saved_tensors
+    d_packed, gated = torch.ops.hgrn2.glu_backward(grad @ weight, packed, ctx.act)
+    rows = grad.flatten(0, -2)
+    d_weight = rows.T @ gated.flatten(0, -2) if ctx.needs_input_grad[1] else None
+    return d_packed, d_weight, rows.sum(0) if ctx.has_bias else None, None
 
 
 def _no_second_derivative(*_):
-    raise NotImplementedError("the fused GLU has no second derivatives")
+    raise NotImplementedError("the GLU has no second derivatives (create_graph=True) on CUDA or compiled")
 
 
-for _key in ("CUDA", "CPU"):
-    _LIBRARY.impl("glu", _glu, _key)
-    _LIBRARY.impl("glu_backward", _glu_backward, _key)
-torch.library.register_fake(
-    "hgrn2::glu", lambda packed, act: packed.new_empty(*packed.shape[:-1], packed.shape[-1] // 2), lib=_LIBRARY
-)
-torch.library.register_fake(
-    "hgrn2::glu_backward", lambda grad, packed, act: packed.new_empty(packed.shape), lib=_LIBRARY
-)
-torch.library.register_autograd("hgrn2::glu", _differentiate, setup_context=_save, lib=_LIBRARY)
+def _glu_linear_fake(packed, weight, bias, act):
+    return packed.new_empty(*packed.shape[:-1], weight.shape[0])
+
+
+for _name, _real, _fake in (
+    ("glu_linear", _glu_linear, _glu_linear_fake),
+    (
+        "glu_backward",
+        _glu_backward,
+        lambda grad, packed, act: (packed.new_empty(packed.shape), grad.new_empty(grad.shape)),
+    ),
+):
+    for _key in ("CUDA", "CPU"):
+        _LIBRARY.impl(_name, _real, _key)
+    torch.library.register_fake(f"hgrn2::{_name}", _fake, lib=_LIBRARY)
+torch.library.register_autograd("hgrn2::glu_linear", _differentiate, setup_context=_save, lib=_LIBRARY)
 torch.library.register_autograd("hgrn2::glu_backward", _no_second_derivative, lib=_LIBRARY)
+
+
+@register_flop_formula(torch.ops.hgrn2.glu_linear)
+def _flops(packed: tuple[int, ...], weight: tuple[int, ...], *_, **__) -> int:
+    return math.prod(packed) * weight[0]  # 2 a multiplication and addition, half of packed's width
+
 
 _BLOCK = 1024
 
@@ -130,7 +172,9 @@ if triton is not None:
         tl.store(y_ptr + o_y, (b_y * b_b).to(y_ptr.dtype.element_ty), mask=m_y)
 
     @triton.jit
-    def glu_backward_kernel(dy_ptr, x_ptr, dx_ptr, size, W: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr):
+    def glu_backward_kernel(
+        dy_ptr, x_ptr, dx_ptr, y_ptr, size, W: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr
+    ):
         o_y = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         m_y = o_y < size
         o_a = o_y // W * (2 * W) + o_y % W
@@ -139,4 +183,5 @@ if triton is not None:
         b_b = tl.load(x_ptr + o_a + W, mask=m_y).to(tl.float32)
         b_y, b_d = _act(b_a, ACT)
         tl.store(dx_ptr + o_a, (b_dy * b_b * b_d).to(dx_ptr.dtype.element_ty), mask=m_y)
+        tl.store(y_ptr + o_y, (b_y * b_b).to(y_ptr.dtype.element_ty), mask=m_y)
         tl.store(dx_ptr + o_a + W, (b_dy * b_y).to(dx_ptr.dtype.element_ty), mask=m_y)
