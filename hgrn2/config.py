@@ -1,7 +1,7 @@
 """The model's configuration: one typed dataclass, checked as a whole."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 NormName = Literal["layernorm", "rmsnorm", "simple_rmsnorm", "batchnorm", "sync_batchnorm"]
 TokenNormName = Literal["layernorm", "rmsnorm", "simple_rmsnorm"]
@@ -31,6 +31,25 @@ def check(problems: list[str], of: type | None = None) -> None:
     """Raise one ConfigError that lists all problems, if there are any."""
     if problems:
         raise ConfigError("; ".join(problems), of)
+
+
+def choices(hint: Any) -> list[Any]:
+    """The values that a type of choices allows, `Literal[...]` or `Literal[...] | None`; empty for any other type."""
+    parts = get_args(hint)
+    if parts and all(isinstance(part, str) for part in parts):
+        return list(parts)
+    named = [value for part in parts for value in choices(part)]
+    return [None, *named] if named and type(None) in parts else named
+
+
+def unknown_choices(config: Any) -> list[str]:
+    """Problems of a dataclass whose fields hold something else than their types' choices."""
+    valid = {key: found for key, hint in get_type_hints(type(config)).items() if (found := choices(hint))}
+    return [
+        f"{key}={getattr(config, key)!r} is unknown; valid: {', '.join(map(str, allowed))}"
+        for key, allowed in valid.items()
+        if getattr(config, key) not in allowed
+    ]
 
 
 @dataclass
@@ -92,10 +111,7 @@ class HGRN2Config:
             problems.append(f"expand_ratio={e} must be a power of two from 1 to {MAX_EXPAND_RATIO}")
         elif self.dim % e:
             problems.append(f"expand_ratio={e} must divide dim={self.dim}")
-        for key in _CHOICES:
-            value, valid = getattr(self, key), _CHOICES[key]
-            if value not in valid:
-                problems.append(f"{key}={value!r} is unknown; valid: {', '.join(map(str, valid))}")
+        problems += unknown_choices(self)
         if not self.norm_eps > 0:
             problems.append(f"norm_eps={self.norm_eps} must be positive")
         for key in ("dropout", "drop_path"):
@@ -120,19 +136,3 @@ class HGRN2Config:
     def hidden(self) -> int:
         """Hidden width of the GLU, 0 where there is none."""
         return int(8 * self.dim / 3) if self.glu_width is None else self.glu_width
-
-
-_GATE_ACTS = (None, "silu", "sigmoid")
-_TOKEN_NORMS = ("layernorm", "rmsnorm", "simple_rmsnorm")
-_NORMS = (*_TOKEN_NORMS, "batchnorm", "sync_batchnorm")
-_CHOICES = {
-    "scan": ("causal", "bidirectional", "2d_parallel", "2d_series"),
-    "q_act": _GATE_ACTS,
-    "v_act": _GATE_ACTS,
-    "lower_bound": (None, "cumsum", "exclusive"),
-    "norm": _NORMS,
-    "mixer_norm": _TOKEN_NORMS,
-    "final_norm": (None, *_NORMS),
-    "glu_act": (None, "silu", "sigmoid", "gelu", "relu"),
-    "impl": ("auto", "triton", "torch", "reference"),
-}

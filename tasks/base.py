@@ -1,12 +1,10 @@
 """What every task shares: the training step, metrics and logging, the optimiser, reproducible randomness."""
 
 import dataclasses
-import random
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning import LightningModule
@@ -22,6 +20,7 @@ from hgrn2.ops import choose_impl
 from tasks.layer_sync import keep_masked_norms
 from tasks.optim import OptimConfig, build_optimizer, follow, may_fuse
 from tasks.schedule import Length, plan, run_length, unfinished
+from tasks.seeds import Stream, seed_globals
 
 EVAL_STAGES = ("val", "test")
 IGNORED = -1  # the target of a sample that no metric counts
@@ -78,20 +77,6 @@ def known(**arguments: Any) -> None:
             if value is None
         ]
     )
-
-
-STEP_STREAM = 3  # keeps these seeds apart from those of the order (1) and the augmentation (2), see tasks/data.py
-
-
-def seed_step(seed: int, position: int, rank: int) -> None:
-    """Seed torch, CUDA, numpy and python for one micro-batch: dropout is a function of where training stands.
-
-    So a resumed or replayed step repeats its loss exactly, wherever its checkpoint was written.
-    """
-    words = np.random.SeedSequence((seed, STEP_STREAM, position, rank)).generate_state(2, np.uint64)
-    torch.manual_seed(int(words[0]) >> 1)
-    np.random.seed(int(words[1]) & 0xFFFFFFFF)  # noqa: NPY002 - libraries draw from the global state
-    random.seed(int(words[1]))
 
 
 class MeanLoss(Metric):
@@ -191,7 +176,8 @@ class Task(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         processed = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        seed_step(self.seed, processed, self.global_rank)
+        # dropout is a function of where training stands, so that a resumed step repeats its loss exactly
+        seed_globals(self.seed, Stream.STEP, processed, self.global_rank, devices=True)
 
     @property
     def logs_step(self) -> bool:

@@ -18,14 +18,14 @@ from hgrn2.config import ConfigError, check
 from tasks.base import plain
 from tasks.cli.signals import outlive_signals
 from tasks.dataset import SPLITS, Dataset, KeyedDataset, SampleKey, check_options, find_dataset
+from tasks.seeds import Stream, generator
 
-ORDER = 1  # keeps this random stream of a seed apart from those of the augmentation (2) and of the steps (3)
 SPLITS_OF = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     """The permutation of `size` samples that epoch `epoch` visits."""
-    return np.random.default_rng((seed, ORDER, epoch)).permutation(size)
+    return generator(seed, Stream.ORDER, epoch).permutation(size)
 
 
 class TrainOrder:

@@ -17,9 +17,9 @@ import torch
 from torch.utils import data
 
 from hgrn2.config import ConfigError, check
+from tasks.seeds import Stream, generator, seed_globals
 
 SPLITS = ("train", "val", "test")
-AUGMENTATION = 2  # keeps this random stream of a seed apart from that of the order (1) and of the steps (3)
 
 
 class Dataset(Protocol):
@@ -99,12 +99,10 @@ class KeyedDataset(data.Dataset):
         return self.__getitems__([key])[0]
 
     def _get(self, key: SampleKey) -> dict[str, Any]:
-        rng = np.random.default_rng((self.seed, AUGMENTATION, key.epoch, key.index))
-        words = rng.bit_generator.seed_seq.generate_state(3, np.uint32)
-        torch.default_generator.manual_seed(int(words[0]))
-        np.random.seed(int(words[1]))  # noqa: NPY002
-        random.seed(int(words[2]))
-        return {**self.dataset.get(key.index, rng if self.train else None), "valid": key.valid}
+        place = (self.seed, Stream.SAMPLE, key.epoch, key.index)
+        seed_globals(*place, devices=False)
+        rng = generator(*place) if self.train else None
+        return {**self.dataset.get(key.index, rng), "valid": key.valid}
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from hgrn2.config import check
+from hgrn2.config import check, unknown_choices
 
 Schedule = Literal["cosine", "inverse_sqrt", "constant"]
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
@@ -66,8 +66,7 @@ class OptimConfig:
             problems.append(f"eps={self.eps} must be positive")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             problems.append(f"betas={self.betas} must be two numbers in [0, 1)")
-        if self.schedule not in ("cosine", "inverse_sqrt", "constant"):
-            problems.append(f"schedule={self.schedule!r} is unknown; valid: cosine, inverse_sqrt, constant")
+        problems += unknown_choices(self)
         if total is not None and total < 1:
             problems.append(f"total_steps={total} must be at least 1, or null for the run's own length")
         elif self.schedule == "cosine" and warmup is not None and total is not None and total <= warmup:

@@ -15,7 +15,6 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hgrn2 import ConfigError, HGRN2Config
-from tasks.base import seed_step
 from tasks.callbacks import (
     GarbageCollection,
     MemoryHorizon,
@@ -30,6 +29,7 @@ from tasks.lm.module import LMTask
 from tasks.lra.data import LRAData
 from tasks.lra.module import LRATask
 from tasks.optim import OptimConfig
+from tasks.seeds import Stream, seed_globals
 from tasks.vision.data import VisionData
 from tasks.vision.module import VisionTask
 
@@ -305,10 +305,10 @@ def test_step_seeds_differ_by_position_and_rank():
     draws = set()
     for position in range(3):
         for rank in range(2):
-            seed_step(0, position, rank)
+            seed_globals(0, Stream.STEP, position, rank, devices=True)
             draws.add(torch.rand(1).item())
     assert len(draws) == 6
-    seed_step(0, 2, 1)
+    seed_globals(0, Stream.STEP, 2, 1, devices=True)
     assert torch.rand(1).item() in draws
 
 

@@ -1,6 +1,6 @@
 """The Long Range Arena task: loss, metrics, expressions with what the model makes of them."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from hgrn2.config import check
 from tasks.base import ClassificationTask, known
 from tasks.lra.model import SequenceClassifier
 from tasks.optim import OptimConfig
+
+Positions = Literal["sinusoid"]
 
 
 class LRATask(ClassificationTask):
@@ -31,14 +33,15 @@ class LRATask(ClassificationTask):
         optim: OptimConfig = OptimConfig(),
         vocab_size: int | None = None,
         num_classes: int | None = None,
-        positions: Literal["sinusoid"] | None = "sinusoid",
+        positions: Positions | None = "sinusoid",
         label_smoothing: float = 0.0,
         seed: int = 0,
     ):
         known(vocab_size=vocab_size)
         check(
             [f"model.vocab_size={vocab_size} must be at least 1"] * (vocab_size < 1)
-            + [f"model.positions={positions!r} is unknown; valid: sinusoid"] * (positions not in (None, "sinusoid"))
+            + [f"model.positions={positions!r} is unknown; valid: {', '.join(get_args(Positions))}"]
+            * (positions not in (None, *get_args(Positions)))
         )
         super().__init__(backbone, optim, seed, num_classes, label_smoothing)
         self.model = SequenceClassifier(self.backbone_config, vocab_size, num_classes, positions)
