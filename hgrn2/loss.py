@@ -47,8 +47,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         kind = x.device.type
         dtype = torch.promote_types(x.dtype, weight.dtype)
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        if autocast and dtype != torch.float64:
+        if kind != "meta" and torch.is_autocast_enabled(kind) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(kind)
         with without_autocast(x):
             losses, dx, dw = _chunks(x.to(dtype), weight.to(dtype), target, x_grad, weight_grad)
@@ -99,7 +98,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.is_cuda and a.dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
-        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), out=total)  # FLOP counters know no addmm_
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 def _softmax(logits: Tensor, target: Tensor, losses: Tensor, grad_dtype: torch.dtype | None) -> Tensor | None:

@@ -123,8 +123,8 @@ class _ChunkedScan(torch.autograd.Function):
         decay = q_.new_empty(len(q_), dim, 1)
         for s in _slabs(q_):
             scores, decay_q, decay_k, _ = _intra_scores(q_[s], k_[s], g_[s], keep=False)
-            torch.bmm(scores, v_[s], out=o[s])  # writes in place: no temporary to copy from
-            torch.bmm(decay_k.mul_(k_[s]).mT, v_[s], out=after[s])
+            o[s].baddbmm_(scores, v_[s], beta=0)  # writes in place: no temporary to copy from
+            after[s].baddbmm_(decay_k.mul_(k_[s]).mT, v_[s], beta=0)
             decay[s] = decay_q[:, -1].unsqueeze(-1)
             q_dec[s] = decay_q.mul_(q_[s])
         after, decay = after.unflatten(0, (rows, n_chunks)), decay.unflatten(0, (rows, n_chunks))
@@ -136,7 +136,7 @@ class _ChunkedScan(torch.autograd.Function):
         before = torch.cat([start[:, :1], after[:, :-1]], dim=1)
         if first is not None:
             before[:, 1:] = torch.where(first[1:, None, None], start[:, 1:], before[:, 1:])
-        torch.baddbmm(o, q_dec, before.flatten(0, 1), out=o)  # `out=`, as FLOP counters know no baddbmm_
+        o.baddbmm_(q_dec, before.flatten(0, 1))
         ctx.save_for_backward(q, k, v, g, before, first)
         return o.view_as(q), after
 

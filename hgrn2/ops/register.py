@@ -12,10 +12,15 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 # scans of each of `directions.DIRECTIONS`
 _SCANS = (1, 1, 2, 4, 2, 2)
+
+
+# products in place, which torch counts nothing for
+for _op, _known in (("baddbmm_", "baddbmm"), ("addmm_", "addmm")):
+    flop_registry.setdefault(getattr(torch.ops.aten, _op), flop_registry[getattr(torch.ops.aten, _known)])
 
 
 def refuse_second_derivatives() -> None:
