@@ -254,7 +254,8 @@ class SampleViewer(Callback):
     ) -> None:
         if batch_idx == 0 and not trainer.sanity_checking:
             keep = batch["valid"].nonzero().flatten()[: self.count]
-            self._batch = {key: value[keep] for key, value in batch.items() if isinstance(value, Tensor)}
+            rows = {key: x for key, x in batch.items() if isinstance(x, Tensor) and len(x) == len(batch["valid"])}
+            self._batch = {key: value[keep] for key, value in rows.items()}
 
     def on_validation_end(self, trainer: Trainer, pl_module: Task) -> None:
         writer = tensorboard_writer(trainer)

@@ -6,15 +6,16 @@ The frame of the HGRN papers' Long Range Arena models with the HGRN2 mixer. Lege
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hgrn2 import ConfigError, HGRN2Backbone, HGRN2Config
 
 
-def sinusoid(time: int, dim: int, device: torch.device) -> Tensor:
-    """Sinusoidal position code `[T, D]` fp32 (Vaswani et al., arXiv 1706.03762, 3.5; halves not interleaved)."""
-    frequency = torch.exp(torch.arange(0, dim, 2, device=device) * (-math.log(10_000.0) / dim))
-    angle = torch.arange(time, device=device)[:, None] * frequency
+def sinusoid(position: Tensor, dim: int) -> Tensor:
+    """Sinusoidal code `[N, D]` fp32 of positions `[N]` (Vaswani et al., arXiv 1706.03762, 3.5; halves in turn)."""
+    frequency = torch.exp(torch.arange(0, dim, 2, device=position.device) * (-math.log(10_000.0) / dim))
+    angle = position[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)[:, :dim]
 
 
@@ -34,9 +35,43 @@ class SequenceClassifier(nn.Module):
         self.backbone = HGRN2Backbone(backbone)
         self.head = nn.Linear(backbone.dim, num_classes)
 
-    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, lengths: Tensor, places: Tensor | None = None) -> Tensor:
+        """Logits `[B, num_classes]` of padded rows.
+
+        places: where real tokens lie in the flattened rows, int64 `[real tokens]` in order. With it the backbone sees
+            one row of nothing but real tokens, which is what padded rows give, for less work.
+        """
+        if places is None:
+            x = self._embed(tokens, torch.arange(tokens.shape[1], device=tokens.device))
+            x = self.backbone(x, lengths=lengths).sum(1)  # padded outputs are 0
+        else:
+            x = self._embed(tokens.flatten()[places], places % tokens.shape[1])
+            x = self.backbone(x[None], cu_seqlens=F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)))[0]
+            x = _RowSums.apply(x, places, tokens.shape)
+        return self.head(x / lengths[:, None].clamp(min=1).to(x.dtype))
+
+    def _embed(self, tokens: Tensor, position: Tensor) -> Tensor:
         x = self.embed(tokens)
         if self.positions == "sinusoid":
-            x = x + sinusoid(tokens.shape[1], x.shape[-1], x.device).to(x.dtype)
-        x = self.backbone(self.dropout(x), lengths=lengths)  # padded outputs are 0
-        return self.head(x.sum(1) / lengths[:, None].clamp(min=1).to(x.dtype))
+            x = x + sinusoid(position, x.shape[-1]).to(x.dtype)
+        return self.dropout(x)
+
+
+class _RowSums(torch.autograd.Function):
+    """Sums `[B, D]` of the tokens of each row, of packed tokens `[N, D]` at `places` in rows `[B, T]`.
+
+    Neither way adds where several may write, so results repeat to the bit.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.time = shape[1]
+        rows = x.new_zeros(shape.numel(), x.shape[-1])
+        rows[places] = x
+        return rows.view(*shape, -1).sum(1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        return grad[places // ctx.time], None, None

@@ -47,7 +47,7 @@ class LRATask(ClassificationTask):
         self.model = SequenceClassifier(self.backbone_config, vocab_size, num_classes, positions)
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.model(batch["tokens"], batch["lengths"])
+        return self.model(batch["tokens"], batch["lengths"], batch.get("places"))
 
     def count(self, batch: dict[str, Tensor]) -> tuple[int, int]:
         return batch["tokens"].shape[0], batch["real_tokens"]
@@ -62,7 +62,7 @@ class LRATask(ClassificationTask):
     @torch.no_grad()
     def show_samples(self, writer, batch: dict[str, Tensor], step: int) -> None:
         """Held-out sequences with predicted and true labels."""
-        preds = self.logits(batch).argmax(-1).tolist()
+        preds = self.model(batch["tokens"], batch["lengths"]).argmax(-1).tolist()
         columns = (batch["tokens"].tolist(), batch["lengths"].tolist(), preds, batch["label"].tolist())
         rows = ["| | pred | true | expression |", "|---|---|---|---|"]
         for tokens, length, pred, label in zip(*columns, strict=True):
