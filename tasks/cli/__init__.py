@@ -9,19 +9,22 @@ import time
 
 from hgrn2.config import ConfigError
 from tasks.cli import compose
-from tasks.cli.arguments import overview, read_request
+from tasks.cli.arguments import read_request
+from tasks.cli.help import overview, version
 from tasks.cli.signals import Leave, Signals
+from tasks.cli.text import one_line, write_anything
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs a command line. A person's mistake ends with one message on stderr and status 2, a bug with a traceback."""
     argv = sys.argv[1:] if argv is None else argv
+    write_anything()
     with Signals().installed() as signals:
         try:
             _main(argv, signals)
         except ConfigError as error:
             _wait_for_rank_0()
-            sys.stderr.write(f"error: {error}\n")
+            sys.stderr.write(f"error: {one_line(error)}\n")
             sys.exit(2)
         except Leave as leave:
             if leave.message:
@@ -31,10 +34,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def _main(argv: list[str], signals: Signals) -> None:
     request = read_request(argv)
-    if request.help and request.task is None:
+    if request.version:
+        sys.stdout.write(version())
+        return
+    if request.help and not request.task:
         sys.stdout.write(overview())
         return
-    if request.task is None:
+    if not request.task:
         raise ConfigError(f"task=NAME is missing. Tasks: {', '.join(compose.shipped_tasks())} (--help says more)")
     compose.load_task(request.task)  # a mistake in the task's name is answered before the slow imports
 

@@ -1,41 +1,30 @@
 """What a person typed: ``[fit|validate|test|predict] task=NAME key=value ...``, in any of three spellings."""
 
 import json
+import os
 import re
-import shutil
-import textwrap
-import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from decimal import Decimal
 from itertools import zip_longest
-from typing import Any, Union, get_args, get_origin
+from pathlib import Path
+from typing import Any, get_args
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader
 
 from hgrn2.config import ConfigError
-from tasks.cli.compose import RENAMED, at, flatten, nearest, shipped_tasks
+from tasks.cli import explain
+from tasks.cli.compose import RENAMED, flatten, nearest, shipped_tasks
+from tasks.cli.explain import parts, short
 
+TOP_LEVEL = ("seed", "run_root", "logger", "ckpt_path", "run", "resume")
 COMMANDS = ("fit", "validate", "test", "predict")
 ASSIGNMENT = re.compile(r"(?:--)?([A-Za-z_][\w.]*\+?)=(.*)", re.DOTALL)
 BOOLS = {"true": "true", "yes": "true", "on": "true", "1": "true"} | dict.fromkeys(("false", "no", "off", "0"), "false")
 
-OVERVIEW = """Trains HGRN2 for language modelling, image classification and Long Range Arena.
-
-usage: python train.py [fit|validate|test|predict] task=NAME [key=value ...]
-
-  python train.py task=vision                            train on the data that comes with the installation
-  python train.py task=lm trainer.max_epochs=2 seed=1    change any setting; --key=value and --key value work too
-  python train.py test task=vision                       test the best checkpoint of the newest run
-  python train.py test task=vision ckpt_path=last        ckpt_path=last|best|PATH, of the newest run or of run=PATH
-  python train.py task=vision resume=auto                continue the newest run where it stopped, or start one
-  python train.py task=vision --help                     every setting of a task, with its value
-  python train.py task=vision --print_config             the resolved configuration as YAML (a task file: task=my.yaml)
-  tensorboard --logdir runs
-
-precedence: class default < configs/base.yaml < task file (parents first) < command line
-            (a run that is resumed or tested adds its own configuration just below the command line)
-"""
+WORDS = {"train": "fit", "training": "fit", "eval": "test", "evaluate": "test", "val": "validate", "infer": "predict"}
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,2})?")
 
 
 @dataclass
@@ -45,12 +34,9 @@ class Request:
     command: str = "fit"
     task: str | None = None
     help: bool = False
+    version: bool = False
     print_config: bool = False
     tokens: list[str] = field(default_factory=list)  # the overrides as typed
-
-
-def overview() -> str:
-    return f"{OVERVIEW}\ntasks:\n" + "".join(f"  {name}\n" for name in shipped_tasks())
 
 
 def read_request(argv: list[str]) -> Request:
@@ -62,10 +48,14 @@ def read_request(argv: list[str]) -> Request:
         match = ASSIGNMENT.fullmatch(token)
         if token in ("-h", "--help", "help"):
             request.help = True
+        elif token in ("-V", "--version", "version"):
+            request.version = True
         elif token == "--print_config":
             request.print_config = True
         elif token == "--task":
-            request.task = rest.pop(0) if rest else ""
+            if not rest:
+                raise ConfigError("task: a value is missing (write task=NAME)")
+            request.task = rest.pop(0)
         elif match and match[1] == "task":
             request.task = match[2]
         elif token.startswith("--") and not match:
@@ -78,9 +68,7 @@ def read_request(argv: list[str]) -> Request:
         elif token in COMMANDS and not command_seen:
             request.command, command_seen = token, True
         else:
-            close = nearest(token, [*COMMANDS, *shipped_tasks()], 1)
-            hint = f"; did you mean {'task=' if close[0] not in COMMANDS else ''}{close[0]}?" if close else ""
-            raise ConfigError(f"{token}: expected key=value, or one of {', '.join(COMMANDS)}{hint}")
+            raise ConfigError(_stray(token, argv))
     return request
 
 
@@ -106,13 +94,48 @@ def peek(tokens: list[str], key: str) -> str | None:
     return value
 
 
+def _stray(token: str, argv: list[str]) -> str:
+    """What to say of a word that is neither a command nor a setting."""
+    if (before := argv[argv.index(token) - 1]).endswith("=") and argv[0] != token:
+        return f"{before}: a value is missing (no space after =)"
+    if re.fullmatch(r"\w+(\.\w+)+", token) or token in TOP_LEVEL:
+        return f"{token}: a value is missing (write {token}=VALUE)"
+    close = nearest(token, [*COMMANDS, *WORDS, *shipped_tasks()], 1)
+    meant = [WORDS.get(name, name) for name in close]
+    hint = "".join(f"; did you mean {name if name in COMMANDS else f'task={name}'}?" for name in meant)
+    hint += " (fit is the default)" * (meant == ["fit"])
+    return f"{token}: expected key=value, or one of {', '.join(COMMANDS)}{hint}"
+
+
 def _hint(action: Any) -> Any:
     return getattr(action, "_typehint", None) or action.type
 
 
 def _is_bool(hint: Any) -> bool:
-    parts = set(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else {hint}
-    return bool in parts and parts <= {bool, type(None)}
+    return bool in parts(hint) and set(parts(hint)) <= {bool, type(None)}
+
+
+def _counts(hint: Any) -> bool:
+    """Whether a number of this type is a whole one, so that 1e3 can only be 1000."""
+    return int in parts(hint) and not {float, str} & set(parts(hint))
+
+
+def _native(value: Any, hint: Any, hints: dict[str, Any], key: str = "") -> Any:
+    """A value of a configuration as its type means it: 1e3 is a whole number for a count, ~ a folder in a path."""
+    if isinstance(value, dict) and "class_path" in value:
+        own = explain.argument_types(value["class_path"])
+        inner = {name: _native(item, own.get(name), {}) for name, item in (value.get("init_args") or {}).items()}
+        return value | ({"init_args": inner} if inner else {})
+    if isinstance(value, dict):
+        below = {name: f"{key}.{name}".removeprefix(".") for name in value}
+        return {name: _native(item, hints.get(below[name]), hints, below[name]) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_native(item, None, {}) for item in value]
+    if isinstance(value, float) and value.is_integer() and _counts(hint):
+        return int(value)
+    if isinstance(value, str) and value.startswith("~") and Path in parts(hint):
+        return os.path.expanduser(value)
+    return value
 
 
 def known_keys(parser: ArgumentParser) -> dict[str, Any]:
@@ -137,15 +160,20 @@ def to_flags(tokens: list[str], hints: dict[str, Any]) -> list[str]:
                 value = rest.pop(0) if rest and rest[0].lower() in BOOLS else "true"
             elif bool in get_args(hint) and alone:
                 value = "true"
-            elif rest:
+            elif rest and not (alone and hint is not None and str not in parts(hint)):
                 value = rest.pop(0)
             else:
                 raise ConfigError(f"{key}: a value is missing (write {key}=VALUE)")
         else:
             raise ConfigError(f"{token}: expected key=value")
         check_known([key.removesuffix("+")], hints)
-        if _is_bool(hints.get(key)):
+        hint = hints.get(key.removesuffix("+"))
+        if value == "" and hint is not None and str not in parts(hint):
+            raise ConfigError(f"{key}=: a value is missing")
+        if _is_bool(hint):
             value = BOOLS.get(value.lower(), value)
+        elif _counts(hint) and NUMBER.fullmatch(value) and (number := Decimal(value)) == int(number):
+            value = str(int(number))  # 1e3
         flags.append(f"--{key}={value}")
     return flags
 
@@ -157,14 +185,14 @@ def check_known(keys: list[str], hints: dict[str, Any], source: str = "") -> Non
         above = (".".join(parts[:end]) for end in range(1, len(parts)))
         if key in hints or any(known.startswith(f"{key}.") for known in hints):
             continue
-        if any(part in hints and not _is_group(part, hints) and _holds_objects(hints[part]) for part in above):
+        if any(part in hints and not is_group(part, hints) and _holds_objects(hints[part]) for part in above):
             continue
         close = nearest(key, list(hints))
         hint = f" Nearest: {', '.join(close)}" if close else " --help lists all keys"
         raise ConfigError(f"{source}{key}: unknown key.{hint}")
 
 
-def _is_group(key: str, hints: dict[str, Any]) -> bool:
+def is_group(key: str, hints: dict[str, Any]) -> bool:
     return any(known.startswith(f"{key}.") for known in hints)
 
 
@@ -180,7 +208,7 @@ def typed_overrides(parser: ArgumentParser, flags: list[str]) -> dict[str, Any]:
 
 def typed(parser: ArgumentParser, config: dict[str, Any]) -> Namespace:
     """The whole configuration, typed, with class defaults where it is silent."""
-    return call(parser, parser.parse_object, config)
+    return call(parser, parser.parse_object, _native(config, None, known_keys(parser)))
 
 
 def plain(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
@@ -193,53 +221,6 @@ def call(parser: ArgumentParser, parse: Any, *args: Any, **kwargs: Any) -> Any:
         return parse(*args, **kwargs)
     except ArgumentError as error:
         raise ConfigError(short(str(error), known_keys(parser))) from error
-
-
-def short(message: str, hints: dict[str, Any]) -> str:
-    """One line out of jsonargparse's several."""
-    message = re.sub(r"\x1b\[[0-9;]*m", "", message)
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    key = re.search(r'[Kk]ey "([^"]+)"', message)
-    if key is None:
-        return " ".join(lines)
-    got = re.search(r"Given value: (.*)", message) or re.search(r"Got value: (.*)", message)
-    name = key[1]
-    if got is None or name not in hints:
-        return f"{name}: {' '.join(lines[1:]) or lines[0]}"
-    return f"{name}={got[1]}: expected {describe(hints[name])}"
-
-
-def describe(hint: Any) -> str:
-    """A type as a person would say it."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(describe(part) for part in get_args(hint)))
-    if hint is type(None):
-        return "null"
-    if str(get_origin(hint)) == "typing.Literal":
-        return " or ".join(str(value) for value in get_args(hint))
-    if get_origin(hint) is not None:
-        return re.sub(r"\b\w+\.", "", str(hint))
-    return getattr(hint, "__name__", str(hint))
-
-
-def settings(parser: ArgumentParser, task: str, values: dict[str, Any]) -> str:
-    """Every setting with its value for this task, its type and the first sentence of its help; the Trainer's last."""
-    hints = known_keys(parser)
-    helps = {action.dest: action.help or "" for action in parser._actions}
-    keys = [key for key in hints if not _is_group(key, hints)]
-    width = max(shutil.get_terminal_size().columns, 100)
-    lines = [f"usage: python train.py [{'|'.join(COMMANDS)}] task={task} [key=value ...]", ""]
-    group = None
-    for key in sorted(keys, key=lambda key: ("." in key, key.startswith("trainer."))):
-        if (above := key.partition(".")[0] if "." in key else "") != group:
-            group = above
-            lines += [f"{group}:" if group else "run:"]
-        value = at(values, key)
-        plain_text = isinstance(value, str) and value and " " not in value
-        left = f"  {key}={value if plain_text else json.dumps(value, ensure_ascii=False)}"
-        right = f"{describe(hints[key])}. {' '.join(helps[key].split()).split('. ')[0]}".rstrip(". ")
-        lines += textwrap.wrap(f"{left:<46} {right}", width, subsequent_indent=" " * 47, break_long_words=False)
-    return "\n".join(lines) + "\n"
 
 
 class _CoreLoader(yaml.SafeLoader):

@@ -1,8 +1,12 @@
 """Builds what a command line asks for: its configuration, then model and data, then the run folder and the Trainer."""
 
+import dataclasses
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,9 @@ from tasks.cli import arguments as args
 from tasks.cli import compose
 from tasks.cli.checkpoints import Checkpoints
 from tasks.cli.classes import choose_classes
+from tasks.cli.explain import argument_types, by_setting, full_keys
+from tasks.cli.help import settings
+from tasks.cli.lists import read_lists
 from tasks.cli.loggers import LOGGERS, make_loggers
 from tasks.cli.record import Record
 from tasks.cli.reliability import Guard
@@ -58,15 +65,29 @@ class TaskCLI(LightningCLI):
         self.start_step = 0
         self.guard: Guard | None = None
         self.nothing_left: str | None = None
-        super().__init__(
-            *self.classes.described(),
-            save_config_callback=None,
-            parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "parser_mode": "core"},
-            args=[],
-            run=False,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,  # tasks keep their own hyper-parameters (tasks/base.py)
-        )
+        with self.full_keys():
+            super().__init__(
+                *self.classes.described(),
+                save_config_callback=None,
+                parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "parser_mode": "core"},
+                args=[],
+                run=False,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,  # tasks keep their own hyper-parameters (tasks/base.py)
+            )
+
+    @contextmanager
+    def full_keys(self) -> Iterator[None]:
+        """A dataclass names its fields in its own messages; here they get the keys of the command line."""
+        try:
+            yield
+        except ConfigError as error:
+            owned = argument_types(self.classes.model)
+            names = [name for name, hint in owned.items() if hint is error.of and dataclasses.is_dataclass(hint)]
+            if not names:
+                raise
+            fields = [field.name for field in dataclasses.fields(error.of)]
+            raise ConfigError(full_keys(str(error), fields, f"model.{names[0]}")) from error
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         return self.parser_class(prog=f"python train.py task={self.task}", description=None, **kwargs)
@@ -88,15 +109,17 @@ class TaskCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, _: Any) -> None:
         """Layers files and flags, then types the whole. Interpolations are resolved after the last layer."""
         flags = args.to_flags(self.request.tokens, args.known_keys(parser))
-        typed = compose.escape(args.typed_overrides(parser, flags))
+        lists = read_lists(flags)
+        typed = compose.escape(args.typed_overrides(parser, lists.flags))
         once = {key: typed.pop(key, None) for key in OURS}
+        self._check_loggers(typed)
         args.unknown_in(self.layers, parser, f"task={self.request.task}: ")
-        config = compose.merge(self.layers, typed)
-        root = Path(compose.resolve(config)["run_root"]).expanduser()
+        root = Path(compose.resolve(compose.merge(self.layers, typed))["run_root"]).expanduser()
         if not (self.request.help or self.request.print_config):
             self.choice = self._decide(root, once)
-            if self.choice.config is not None:
-                config = self._over_run(config, typed)
+        under = self.layers if self.choice.config is None else self._over_run()
+        under = lists.under(under, partial(args.typed_overrides, parser))
+        config = lists.add_names(compose.merge(under, typed))
         resolved = compose.resolve(config)
         self.root = root
         self.config = args.typed(parser, resolved)
@@ -104,7 +127,7 @@ class TaskCLI(LightningCLI):
         defaults = args.plain(parser, parser.get_defaults())
         self.changed = compose.changed(config, self.layers, defaults)
         if self.request.help:
-            sys.stdout.write(args.settings(parser, self.task, self.resolved))
+            sys.stdout.write(settings(parser, self.task, self.resolved, defaults))
             raise Done
         for key in OURS:
             self.resolved.pop(key, None)
@@ -121,8 +144,16 @@ class TaskCLI(LightningCLI):
             return Choice(decided["checkpoint"], decided["run"])
         return choose(self.request.command, self.task, root, **once)
 
-    def _over_run(self, config: dict[str, Any], typed: dict[str, Any]) -> dict[str, Any]:
-        """A run that is continued brings its whole configuration, one that is evaluated its model and data."""
+    def _check_loggers(self, typed: dict[str, Any]) -> None:
+        """``logger`` and trainer.logger are one setting: what was typed for one must not contradict the other."""
+        switch, names = compose.at(typed, "trainer.logger"), typed.get("logger")
+        if switch is True:
+            raise ConfigError(f"trainer.logger=true: write logger=NAME, a comma list of {', '.join(LOGGERS)}")
+        if switch is False and names not in (None, "none"):
+            raise ConfigError(f"trainer.logger=false and logger={names} contradict each other")
+
+    def _over_run(self) -> dict[str, Any]:
+        """The files under a run's configuration: all of it to continue the run, its model and data to evaluate it."""
         saved = compose.read(self.choice.config)
         saved = self.classes.flat(compose.renamed(saved, rank_zero_info), str(self.choice.config))
         saved = compose.without(saved, RETIRED)
@@ -131,7 +162,7 @@ class TaskCLI(LightningCLI):
             raise ConfigError(f"{self.choice.checkpoint}: of another domain than task={self.task}")
         if self.request.command != "fit":
             saved = {key: saved[key] for key in ("model", "data", "seed") if key in saved}
-        return compose.merge(compose.over_saved(config, saved), typed)
+        return compose.over_saved(self.layers, saved)
 
     def _set_seed(self) -> None:
         seed = self.config["seed"]
@@ -177,12 +208,13 @@ class TaskCLI(LightningCLI):
         settings["default_root_dir"] = self.folder or (start and run_around(start)) or self.root
         self.guard = Guard(self.signals, checkpoints, start)
         changed = {key: compose.at(self.resolved, key) for key in self.changed}
-        path, config = self.folder and self.folder / "config.yaml", self.classes.saved(self.resolved)
-        record = Record(path, self.task, config, changed, self.fresh)
-        settings["callbacks"] = [self.guard, record, Compile(self.config["compile"]), *_listed(settings["callbacks"])]
-        settings["plugins"] = [*_listed(settings["plugins"]), AtomicCheckpointIO()]
+        saved = self.classes.saved(self.resolved)
+        record = Record(self.folder, self.root, self.task, saved, changed, self.fresh)
+        own = [self.guard, record, Compile(self.config["compile"])]
+        settings["callbacks"] = [*own, *compose.listed(settings["callbacks"])]
+        settings["plugins"] = [*compose.listed(settings["plugins"]), AtomicCheckpointIO()]
         step = self.start_step if self.choice.run else None
-        own = [] if isinstance(settings["logger"], bool) else _listed(settings["logger"])
+        own = [] if isinstance(settings["logger"], bool) else compose.listed(settings["logger"])
         settings["logger"] = make_loggers(names if fit else [], self.task, self.folder, step) + own or False
         # Lightning refuses what is switched off.
         unfit = (ProgressBar,) if settings["enable_progress_bar"] is False else ()
@@ -202,6 +234,12 @@ class TaskCLI(LightningCLI):
         check_processes(trainer)
         return trainer
 
+    def with_settings(self, message: str) -> str:
+        """Lightning's words about the Trainer with the key and value of the settings that they are about in front."""
+        defaults = args.plain(self.parser, self.parser.get_defaults())["trainer"]
+        given = {key: value for key, value in self.resolved["trainer"].items() if value != defaults.get(key)}
+        return by_setting(message, given)
+
     def _make_folder(self) -> None:
         if self.folder is not None:
             return  # inherited
@@ -211,10 +249,6 @@ class TaskCLI(LightningCLI):
             self.folder = self.choice.run
         else:
             self.folder, self.fresh = new_run(self.root, self.task), True
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _is_child() -> bool:

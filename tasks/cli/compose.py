@@ -5,6 +5,7 @@ runs once, after all layers are merged: that is why they follow an override.
 """
 
 import difflib
+import json
 import re
 from collections.abc import Callable, Container
 from pathlib import Path
@@ -15,10 +16,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hgrn2.config import ConfigError
+from tasks.cli.text import command
 
+TASK_LINE = "# task: "
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SHOWN_ONLY = ("run_root", "logger", "progress", "samples")  # settings that change no result
 RENAMED = {"data.source": "data.path", "data.task": "data.dataset"}  # old settings, which are still read
+OBJECT_LISTS = ("trainer.callbacks", "trainer.logger", "trainer.plugins")  # added to; see tasks/cli/lists.py
 YAML_WORDS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null", "none", "nan", "inf"}
 
 
@@ -58,8 +62,9 @@ def task_name(task: str) -> str:
     path = task_file(task)
     if path.is_relative_to(CONFIGS):
         return path.relative_to(CONFIGS).with_suffix("").as_posix()
-    if path.name == "config.yaml" and (first := path.read_text().partition("\n")[0]).startswith("# task: "):
-        return first.removeprefix("# task: ").strip()  # the saved configuration of a run is filed with that run
+    if path.name == "config.yaml" and (first := path.read_text().partition("\n")[0]).startswith(TASK_LINE):
+        name = first.removeprefix(TASK_LINE).strip()  # the saved configuration of a run is filed with that run
+        return json.loads(name) if name.startswith('"') else name
     return path.stem
 
 
@@ -80,16 +85,49 @@ def _not_a_mapping(path: Path) -> dict[str, Any]:
     return {}
 
 
-def merge(under: Any, over: Any) -> Any:
-    """``over`` on top of ``under``: dicts merge key by key, everything else (lists too) is replaced.
+def merge(under: Any, over: Any, path: str = "") -> Any:
+    """``over`` on top of ``under``: dicts merge key by key, lists of objects by the entries' class, and everything else
+    (other lists too) is replaced.
 
     A changed ``class_path`` drops what was there, since its ``init_args`` belong to the old class.
     """
+    if path in OBJECT_LISTS and isinstance(under, list | dict | str) and isinstance(over, list | dict | str):
+        return _merge_objects(listed(under), listed(over))
     if not (isinstance(under, dict) and isinstance(over, dict)):
         return over
     if "class_path" in over and over["class_path"] != under.get("class_path"):
         return over
-    return under | {key: merge(under[key], value) if key in under else value for key, value in over.items()}
+    below = f"{path}." if path else ""
+    merged = {key: merge(under[key], value, below + key) if key in under else value for key, value in over.items()}
+    return under | merged
+
+
+def _merge_objects(under: list[Any], over: list[Any]) -> list[Any]:
+    """``over`` added to ``under``, in the place of entries of the same class."""
+    merged, rest = [], list(over)
+    names = {_class_name(entry) for entry in over}
+    for entry in under:
+        name = _class_name(entry)
+        merged += [entry] if name not in names else [new for new in rest if _class_name(new) == name]
+        rest = [new for new in rest if _class_name(new) != name]
+    return merged + rest
+
+
+def _class_name(entry: Any) -> str:
+    path = entry.get("class_path", "") if isinstance(entry, dict) else entry
+    return str(path).rpartition(".")[2]
+
+
+def listed(value: Any) -> list[Any]:
+    """A setting that takes one thing or a list of them, as a list."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def nest(key: str, value: Any) -> dict[str, Any]:
+    """A configuration that holds one value at a dotted key."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
 
 
 def load_task(task: str) -> tuple[str | None, dict[str, Any]]:
@@ -131,6 +169,7 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
 def over_saved(config: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     """A run's saved configuration on top of the files'. It holds no interpolations; those that explain its values stay,
     so that a further override (more ``trainer.max_steps``) still carries over (``model.optim.total_steps``)."""
+    config = without(config, [key for key in OBJECT_LISTS if at(saved, key) is not None])  # whole in the run's
     linked = {key for key in flatten(config) if isinstance(value := at(config, key), str) and "${" in value}
     explained = resolve(merge(config, without(saved, linked)))
     plain = resolve(saved)
@@ -221,6 +260,12 @@ def _text(dumper: yaml.Dumper, value: str) -> yaml.Node:
 
 
 _Dumper.add_representer(str, _text)
+
+
+def heading(task: str, argv: list[str]) -> str:
+    """The first two lines of a run's config.yaml; any bytes that a name or an argument has leave them two."""
+    name = task if task.isprintable() and not task.startswith('"') else json.dumps(task)
+    return f"{TASK_LINE}{name}\n# command: {command(*argv)}\n"
 
 
 def to_yaml(config: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from tasks.cli.refusals import refusal
 from tasks.cli.report import fit_summary, save_results
 from tasks.cli.runs import discard, run_around, write_atomically
 from tasks.cli.signals import Leave, Signals, status
+from tasks.cli.text import command
 from tasks.progress import say
 
 NOISE = (
@@ -31,16 +32,14 @@ DEPENDENCIES = r"(lightning|torch|torchmetrics|torchvision|timm|jsonargparse|ten
 
 def run(cli: TaskCLI) -> None:
     """Fits or evaluates, between the lines that say where everything is."""
-    command, start = cli.request.command, cli.choice.checkpoint
+    verb, start = cli.request.command, cli.choice.checkpoint
     tell(cli.choice.note, start and str(start) not in cli.choice.note and f"checkpoint: {start}")
-    if cli.folder:
-        tell(f"run folder: {cli.folder}", f"  watch:  tensorboard --logdir {cli.root}")
     os.environ[DECISION] = json.dumps(
         {"folder": _text(cli.folder), "checkpoint": _text(start), "run": _text(cli.choice.run)}
     )
     arguments = {"datamodule": cli.datamodule, "ckpt_path": start, "weights_only": True}
     try:
-        result = getattr(cli.trainer, command)(cli.model, **arguments)
+        result = getattr(cli.trainer, verb)(cli.model, **arguments)
         if cli.nothing_left:
             raise Leave(0, cli.nothing_left if cli.trainer.is_global_zero else "")
     except Leave:
@@ -48,10 +47,10 @@ def run(cli: TaskCLI) -> None:
         raise
     finally:
         os.environ.pop(DECISION, None)
-    if command == "predict" and result is not None:
+    if verb == "predict" and result is not None:
         save_predictions(cli, result)
-    if command in ("validate", "test") and not cli.trainer.fast_dev_run and cli.trainer.is_global_zero:
-        tell(f"results: {save_results(cli.trainer, command, cli.task, start, cli.start_step)}")
+    if verb in ("validate", "test") and not cli.trainer.fast_dev_run and cli.trainer.is_global_zero:
+        tell(f"results: {save_results(cli.trainer, verb, cli.task, start, cli.start_step)}")
     tell(*where_next(cli))
 
 
@@ -68,11 +67,12 @@ def where_next(cli: TaskCLI) -> list[str]:
     summary = fit_summary(cli.trainer) if cli.request.command == "fit" else []
     if not cli.folder or not (cli.folder / "checkpoints").is_dir():
         return summary
+    words = f"task={cli.request.task}", f"run={cli.folder}"
     return [
         *summary,
         f"run folder: {cli.folder}",
-        f"  test:   python train.py test task={cli.request.task} run={cli.folder}",
-        f"  resume: python train.py task={cli.request.task} run={cli.folder}",
+        f"  test:   {command('python', 'train.py', 'test', *words)}",
+        f"  resume: {command('python', 'train.py', *words)}",
     ]
 
 
@@ -107,7 +107,8 @@ def execute(request: Request, signals: Signals) -> None:
     cli = None
     try:
         cli = TaskCLI(request, signals)
-        _run(cli)
+        with cli.full_keys():
+            _run(cli)
     except Done:
         return
     except ConfigError:
@@ -119,7 +120,7 @@ def execute(request: Request, signals: Signals) -> None:
             raise
         if stepped:
             tell(*where_next(cli))
-        raise ConfigError(text) from error
+        raise ConfigError(text if cli is None else cli.with_settings(text)) from error
 
 
 def _run(cli: TaskCLI) -> None:

@@ -10,6 +10,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tasks.cli import compose
 from tasks.cli.loggers import RunTensorBoard, Waiting
 from tasks.cli.runs import write_atomically
+from tasks.cli.text import command
+from tasks.progress import say
 
 
 class Record(Callback):
@@ -17,7 +19,8 @@ class Record(Callback):
     first optimiser step, since it replaces the settings that are known to work.
 
     Args:
-        path: of config.yaml; None: not written
+        folder: of the run; None: nothing is written
+        root: where the run folders are
         task: the task's name
         config: the resolved configuration
         changed: the settings whose values differ from the task's defaults
@@ -25,11 +28,12 @@ class Record(Callback):
     """
 
     def __init__(
-        self, path: Path | None, task: str, config: dict[str, Any], changed: dict[str, Any], fresh: bool
+        self, folder: Path | None, root: Path, task: str, config: dict[str, Any], changed: dict[str, Any], fresh: bool
     ) -> None:
-        self.path, self.task, self.config, self.changed, self.fresh = path, task, config, changed, fresh
+        self.folder, self.root, self.task = folder, root, task
+        self.config, self.changed, self.fresh = config, changed, fresh
         self._start = 0
-        self._written = path is None
+        self._written = self._announced = folder is None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start = trainer.global_step
@@ -40,16 +44,25 @@ class Record(Callback):
             self._write(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if not self._announced and trainer.is_global_zero:
+            self._announce(trainer)
         if trainer.global_step > self._start:
             self._write(trainer)
+
+    def _announce(self, trainer: Trainer) -> None:
+        """After the first batch: from now on the folder stays."""
+        self._announced = True
+        say(f"run folder: {self.folder}")
+        if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+            say(f"  watch:  {command('tensorboard', '--logdir', self.root)}")
 
     def _write(self, trainer: Trainer) -> None:
         if self._written or not trainer.is_global_zero:
             return
         self._written = True
         text = compose.to_yaml(self.config)
-        head = f"# task: {self.task}\n# command: {' '.join(sys.argv[1:])}\n"
-        write_atomically(self.path, lambda file: file.write((head + text).encode()))
+        head = compose.heading(self.task, sys.argv[1:])
+        write_atomically(self.folder / "config.yaml", lambda file: file.write((head + text).encode()))
         for logger in trainer.loggers:
             if isinstance(logger, RunTensorBoard):
                 logger.log_settings({"task": self.task} | self.changed)
