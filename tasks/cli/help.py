@@ -82,9 +82,9 @@ def settings(parser: ArgumentParser, task: str, values: dict[str, Any], defaults
         value = at(values, key)
         plain_text = isinstance(value, str) and value and " " not in value
         mark = "*" if value != at(defaults, key) else " "
-        left = f"{mark} {key}={value if plain_text else json.dumps(value, ensure_ascii=False)}"
+        left = f"  {key}={value if plain_text else json.dumps(value, ensure_ascii=False)}"
         right = f"{describe(hints[key])}. {' '.join(helps[key].split()).split('. ')[0]}".rstrip(". ")
-        return textwrap.wrap(f"{left:<46} {right}", width, subsequent_indent=" " * 47, break_long_words=False)
+        return textwrap.wrap(f"{left:<46} {mark} {right}", width, subsequent_indent=" " * 49, break_long_words=False)
 
     lines = [f"usage: python train.py [{'|'.join(COMMANDS)}] task={task} [key=value ...]", ""]
     lines += ["what matters most (*: set by the task's files or by you, not the class's default):"]
