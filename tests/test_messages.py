@@ -16,6 +16,7 @@ from hgrn2.config import ConfigError
 from tasks.cli import arguments, compose, explain, main
 from tasks.cli.help import IMPORTANT
 from tasks.cli.text import command, one_line
+from tasks.lm.data import LMData
 
 VISION = ["task=vision", "trainer.accelerator=cpu", "model.backbone.dim=16", "model.backbone.expand_ratio=4"]
 
@@ -256,7 +257,8 @@ def test_home(capsys, monkeypatch, tmp_path):
     assert read["trainer"]["callbacks"][0]["init_args"]["dirpath"] == f"{tmp_path}/b"
     assert read["trainer"]["logger"][0]["init_args"]["save_dir"] == f"{tmp_path}/c"
     assert read["model"]["prompt"] == "~/d"  # text
-    assert f"{tmp_path}/nowhere" in refused(capsys, "task=lm", "data.path=~/nowhere")
+    (tmp_path / "corpus").mkdir()
+    assert LMData(path="~/corpus").path == tmp_path / "corpus"
     assert f"{tmp_path}/nowhere.ckpt" in refused(capsys, "task=lm", "ckpt_path=~/nowhere.ckpt")
     assert f"{tmp_path}/root" in refused(capsys, "test", "task=lm", "run_root=~/root")
 
