@@ -233,7 +233,10 @@ class Task(LightningModule):
 
     def configure_optimizers(self) -> dict:
         self.planned, _ = plan(self.optim_config, self.run_length(), self._ran_with)
-        return build_optimizer(self, self.planned, may_fuse(self.device.type, self.trainer.precision))
+        return build_optimizer(self, self.planned, self._fused())
+
+    def _fused(self) -> bool:
+        return may_fuse(self.device.type, self.trainer.precision)
 
     def on_train_start(self) -> None:
         """By now optimiser and schedule are restored. They follow this run's settings, and what surprises is said."""
@@ -241,7 +244,7 @@ class Task(LightningModule):
             return
         length = self.run_length()
         self.planned, notes = plan(self.optim_config, length, self._ran_with)
-        follow(self.lr_schedulers(), self.planned)
+        follow(self.lr_schedulers(), self, self.planned)
         for note in notes + unfinished(self.planned, length):
             rank_zero_info(note)
 
@@ -287,6 +290,9 @@ class Task(LightningModule):
             checkpoint["schedule"] = {key: getattr(self.planned, key) for key in ("warmup_steps", "total_steps")}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is not None:
+            for group in (group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]):
+                group["fused"] = self._fused()  # before the state is loaded: it decides where the step counts live
         self._ran_with = checkpoint.get("schedule")
         saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("optim", {})
         if self._ran_with and saved.get("warmup_steps") != self.optim_config.warmup_steps:

@@ -176,7 +176,7 @@ class TaskData(LightningDataModule):
         self.num_workers, self.seed = num_workers, seed
         self.splits: dict[str, Dataset] = {}
         self._resumed: dict | None = None
-        self._fingerprint: str | None = None
+        self._fingerprints: dict[str, str] = {}
 
     @classmethod
     def choose(cls, name: str | None) -> tuple[str, type]:
@@ -282,13 +282,15 @@ class TaskData(LightningDataModule):
         self._resumed = state
 
     def _signature(self) -> dict:
-        """What must stay the same for a resumed run to see the samples that the uninterrupted run would have seen."""
-        if self._fingerprint is None:
-            self._fingerprint = self.split("train").fingerprint()
+        """What must stay the same for a resumed run to see the samples that the uninterrupted run would have seen, and
+        to judge by the same ones."""
+        for name in {"train", *self.splits} - {"test", *self._fingerprints}:
+            self._fingerprints[name] = self.split(name).fingerprint()
         return {
             "batch_size": self.batch_size,
             "seed": self.seed,
-            "training_data": self._fingerprint,
+            "training_data": self._fingerprints["train"],
+            "validation_data": self._fingerprints.get("val"),
             "overfit_batches": self._overfit_batches(self.train_batches()),
             "options": plain(self.options, "data"),  # only to name what differs: the fingerprint decides
         }
@@ -305,12 +307,16 @@ class TaskData(LightningDataModule):
         repeats = then.get("overfit_batches", 0)  # unknown to earlier versions
         if now["overfit_batches"] != repeats:
             problems.append(f"trainer.overfit_batches repeats {now['overfit_batches']} batches (checkpoint: {repeats})")
-        if now["training_data"] != then["training_data"]:
+        # another validation would make the best score so far mean something else
+        for which in ("training", "validation"):
+            key = f"{which}_data"
+            if now[key] == then.get(key, now[key]):
+                continue
             before = then.get("options", {})
             names = [name for name in now["options"] if name in before and now["options"][name] != before[name]]
             differs = ", ".join(f"data.{name}={now['options'][name]} (checkpoint: {before[name]})" for name in names)
             why = differs or "other files, or other data.* settings"
-            problems.append(f"the training data is not the checkpoint's ({why})")
+            problems.append(f"the {which} data is not the checkpoint's ({why})")
         consumed = self.consumed_batches() * self.batch_size
         if self.trainer and not problems and consumed != then["samples_consumed"]:
             problems.append(f"its loops stand at sample {consumed}, its data at {then['samples_consumed']}")

@@ -86,11 +86,16 @@ def learning_rate(step: int, config: OptimConfig) -> float:
     return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def follow(scheduler: torch.optim.lr_scheduler.LambdaLR, config: OptimConfig) -> None:
-    """Make a restored scheduler follow `config` from its next step on: a checkpoint brings the rate of its own."""
-    scheduler.lr_lambdas = [partial(_factor, config=config)] * len(scheduler.base_lrs)
-    for group, base in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
-        group["lr"] = base * _factor(scheduler.last_epoch, config)
+def follow(scheduler: torch.optim.lr_scheduler.LambdaLR, module: nn.Module, config: OptimConfig) -> None:
+    """Make a restored optimiser and schedule follow `config` from the next step on: a checkpoint brings its own."""
+    fresh = parameter_groups(module, config)
+    scheduler.lr_lambdas = [partial(_factor, config=config)] * len(fresh)
+    scheduler.base_lrs = [config.lr] * len(fresh)
+    rate = config.lr * _factor(scheduler.last_epoch, config)
+    for group, new in zip(scheduler.optimizer.param_groups, fresh, strict=True):
+        group.update(
+            initial_lr=config.lr, lr=rate, betas=config.betas, eps=config.eps, weight_decay=new["weight_decay"]
+        )
 
 
 def _factor(step: int, config: OptimConfig) -> float:

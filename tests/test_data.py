@@ -258,6 +258,18 @@ def test_resuming_with_other_data_is_refused():
         other.train_dataloader()
 
 
+def test_resuming_with_other_validation_data_is_refused():
+    """The best score so far would be of other samples."""
+    data = listops_data(train_size=20, eval_size=5, batch_size=4)
+    data.setup()
+    other = listops_data(train_size=20, eval_size=5, batch_size=4)
+    other.setup()
+    other.splits["val"] = other.splits["test"]
+    other.load_state_dict(data.state_dict())
+    with pytest.raises(ConfigError, match="cannot resume: the validation data is not the checkpoint's"):
+        other.train_dataloader()
+
+
 def test_resuming_with_another_batch_is_refused():
     data = VisionData(batch_size=8)
     data.setup()

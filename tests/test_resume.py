@@ -54,6 +54,13 @@ BY_EPOCHS = [
 ]
 WORKERS = ["data.num_workers=2"]
 ACCUMULATE = ["trainer.accumulate_grad_batches=2"]
+# validations inside accumulations: a best.ckpt of that moment is no point to continue from
+INSIDE = [
+    "trainer.max_steps=4",
+    "trainer.accumulate_grad_batches=8",
+    "trainer.val_check_interval=10",
+    "checkpoint.every_n_steps=100",
+]
 KILLS = {
     "lm, by steps, workers": ("lm", BY_STEPS + WORKERS, dict(at=10, where="backward")),
     "lm, by epochs, accumulation": ("lm", BY_EPOCHS + ACCUMULATE, dict(at=11, where="start")),
@@ -64,6 +71,13 @@ KILLS = {
         "vision",
         [*BY_EPOCHS, "trainer.val_check_interval=0.5", *ACCUMULATE],
         dict(at=9, where="end"),
+    ),
+    "vision, after a validation inside an accumulation": ("vision", INSIDE, dict(at=12, where="start")),
+    "lra, in a validation inside an accumulation": ("lra", INSIDE, dict(at=1, where="val")),
+    "lra, after one inside the first accumulation": (
+        "lra",
+        [*INSIDE, "trainer.val_check_interval=5"],
+        dict(at=6, where="start"),
     ),
     "lra, by steps, in validation": ("lra", BY_STEPS, dict(at=1, where="val")),
     "lra, by epochs, in validation": ("lra", BY_EPOCHS, dict(at=0, where="val")),

@@ -8,14 +8,15 @@ import torch
 from torch import nn
 
 from hgrn2.config import ConfigError
-from tasks.cli import runs
+from tasks.cli import choice, runs
 
 OLD, MIDDLE, NEW = "2026-01-01_00-00-00", "2026-01-02_00-00-00", "2026-01-02_00-00-00-2"
 
 
 def save(path, step=1, **extra):
     path.parent.mkdir(parents=True, exist_ok=True)
-    contents = {"state_dict": {"w": torch.zeros(2)}, "global_step": step, "loops": {}, "optimizer_states": []} | extra
+    contents = {"state_dict": {"w": torch.zeros(2)}, "global_step": step, "loops": {}, "optimizer_states": []}
+    contents |= {"inexact": ""} | extra
     torch.save(contents, path)
     return path
 
@@ -37,7 +38,7 @@ def root(tmp_path):
 
 
 def choose(root, command="fit", task="lm", ckpt_path=None, run=None, resume=None):
-    return runs.choose(command, task, root, ckpt_path, run, resume)
+    return choice.choose(command, task, root, ckpt_path, run, resume)
 
 
 def test_new_runs_never_collide(tmp_path, monkeypatch):
@@ -96,29 +97,95 @@ def test_discard_removes_only_what_is_empty(tmp_path, monkeypatch):
 
 
 def test_fit_starts_fresh_unless_asked(root):
-    assert choose(root) == runs.Choice()
+    assert choose(root) == choice.Choice()
 
 
-def test_last_is_of_the_newest_run_that_has_one(root):
+@pytest.fixture
+def unstarted(root):
+    return root / "lm" / NEW
+
+
+@pytest.fixture
+def newest(root, unstarted):
+    """The newest run has checkpoints."""
+    unstarted.joinpath("checkpoints").rmdir()
+    unstarted.rmdir()
+    return root / "lm" / MIDDLE
+
+
+def test_last_is_of_the_newest_run(root, newest):
     chosen = choose(root, ckpt_path="last")
-    assert chosen.checkpoint == root / "lm" / MIDDLE / "checkpoints" / "last.ckpt"
-    assert chosen.run == root / "lm" / MIDDLE
-    assert chosen.config == root.absolute() / "lm" / MIDDLE / "config.yaml"
-    assert choose(root, resume="auto") == chosen
+    assert chosen.checkpoint == newest / "checkpoints" / "last.ckpt"
+    assert chosen.run == newest
+    assert chosen.config == newest.absolute() / "config.yaml"
+    auto = choose(root, resume="auto")
+    assert (auto.checkpoint, auto.run, auto.auto) == (chosen.checkpoint, newest, True)
+    assert choose(root, run=MIDDLE, resume="auto") == chosen
     assert choose(root, "test", ckpt_path="last").run is None
 
 
-def test_best_starts_a_new_run(root):
+def test_an_older_run_is_never_continued_in_place_of_the_newest(root, unstarted):
+    chosen = choose(root, resume="auto")
+    assert (chosen.checkpoint, chosen.run) == (None, None)  # not even a configuration: nothing to start anew
+    assert f"{unstarted} ended before it began: starting a new run" in chosen.note
+    (unstarted / "config.yaml").write_text("domain: lm\n")
+    chosen = choose(root, resume="auto")
+    assert (chosen.checkpoint, chosen.run) == (None, unstarted)
+    assert chosen.config == unstarted.absolute() / "config.yaml"
+    assert f"{unstarted} has no checkpoint yet: starting it anew" in chosen.note
+    for which in ("last", "best"):
+        with pytest.raises(ConfigError, match=NEW):
+            choose(root, ckpt_path=which)
+    evaluated = choose(root, "test", ckpt_path="last")
+    assert evaluated.checkpoint.parent.parent.name == MIDDLE
+    assert f"{unstarted} has no checkpoint yet" in evaluated.note
+
+
+@pytest.mark.parametrize("files", [["best.ckpt"], ["last.ckpt", "epoch=0.ckpt"]])
+def test_nothing_continues_from_inside_an_accumulation(root, newest, files):
+    """Nor from weights alone, nor from a file that says nothing about its state."""
+    folder = newest / "checkpoints"
+    for path in folder.iterdir():
+        path.unlink()
+    why = "written inside an accumulation of gradients"
+    for name in files:
+        save(folder / name, inexact=why)
+    chosen = choose(root, resume="auto")
+    assert (chosen.checkpoint, chosen.run) == (None, newest)
+    assert why in chosen.note
+    assert "starting it anew" in chosen.note
+    for asked in ({"run": MIDDLE}, {"ckpt_path": "last"}, {"ckpt_path": str(folder / files[0])}):
+        with pytest.raises(ConfigError, match=why):
+            choose(root, **asked)
+    if "best.ckpt" in files:
+        with pytest.raises(ConfigError, match=why):
+            choose(root, ckpt_path="best")
+        assert choose(root, "test", ckpt_path="best").checkpoint == folder / "best.ckpt"
+    assert choose(root, "test", ckpt_path="last").checkpoint == folder / files[0]
+    exact = save(folder / "epoch=1.ckpt")
+    chosen = choose(root, resume="auto")
+    assert chosen.checkpoint == exact
+    assert (why in chosen.note) == ("last.ckpt" in files)  # which comes first
+    truncate(exact)
+    with pytest.raises(ConfigError, match="truncated"):  # somebody should look at it first
+        choose(root, resume="auto")
+    torch.save({"state_dict": {}}, exact)
+    assert choose(root, resume="auto").checkpoint is None
+    torch.save({"state_dict": {}, "loops": {}, "optimizer_states": []}, exact)
+    assert choose(root, resume="auto").checkpoint is None
+
+
+def test_best_starts_a_new_run(root, newest):
     chosen = choose(root, ckpt_path="best")
     assert chosen.checkpoint.name == "best.ckpt"
     assert chosen.run is None
-    (root / "lm" / MIDDLE / "checkpoints" / "best.ckpt").unlink()
+    (newest / "checkpoints" / "best.ckpt").unlink()
     with pytest.raises(ConfigError, match=r"has no best\.ckpt"):
         choose(root, ckpt_path="best")
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
-def test_evaluation_takes_the_best_and_says_so(root, command):
+def test_evaluation_takes_the_best_and_says_so(root, newest, command):
     chosen = choose(root, command)
     assert chosen.checkpoint == root / "lm" / MIDDLE / "checkpoints" / "best.ckpt"
     assert "best.ckpt" in chosen.note
@@ -164,7 +231,7 @@ def test_combinations_that_contradict(root):
         choose(root, ckpt_path=str(root / "lm" / OLD / "checkpoints" / "last.ckpt"), run=OLD)
 
 
-def test_truncated_last_falls_back_and_says_so(root):
+def test_truncated_last_falls_back_and_says_so(root, newest):
     folder = root / "lm" / MIDDLE / "checkpoints"
     truncate(folder / "last.ckpt")
     chosen = choose(root, ckpt_path="last")
@@ -181,7 +248,7 @@ def test_explicit_files(root, tmp_path):
     last = root / "lm" / OLD / "checkpoints" / "last.ckpt"
     assert choose(root, ckpt_path=str(last)).run.samefile(last.parent.parent)
     copied = save(tmp_path / "elsewhere" / "last.ckpt")
-    assert choose(root, ckpt_path=str(copied)) == runs.Choice(copied)
+    assert choose(root, ckpt_path=str(copied)) == choice.Choice(copied)
     weights = tmp_path / "weights.ckpt"
     torch.save({"state_dict": {}}, weights)
     assert choose(root, "test", ckpt_path=str(weights)).checkpoint == weights

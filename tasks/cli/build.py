@@ -23,6 +23,7 @@ from tasks.callbacks import CALLBACKS
 from tasks.cli import arguments as args
 from tasks.cli import compose
 from tasks.cli.checkpoints import Checkpoints
+from tasks.cli.choice import Choice, choose
 from tasks.cli.classes import choose_classes
 from tasks.cli.explain import argument_types, by_setting, full_keys
 from tasks.cli.help import settings
@@ -31,7 +32,8 @@ from tasks.cli.loggers import LOGGERS, make_loggers
 from tasks.cli.record import Record
 from tasks.cli.reliability import Guard
 from tasks.cli.report import already_done
-from tasks.cli.runs import AtomicCheckpointIO, Choice, check_fits, choose, new_run, read_checkpoint, run_around
+from tasks.cli.resume import Resumed, check_changes, other_experiment
+from tasks.cli.runs import AtomicCheckpointIO, check_fits, new_run, read_checkpoint, run_around
 from tasks.cli.settings import check_processes, check_trainer
 from tasks.cli.signals import Leave, Signals
 from tasks.compilation import Compile, CompileMode
@@ -117,9 +119,14 @@ class TaskCLI(LightningCLI):
         root = Path(compose.resolve(compose.merge(self.layers, typed))["run_root"]).expanduser()
         if not (self.request.help or self.request.print_config):
             self.choice = self._decide(root, once)
-        under = self.layers if self.choice.config is None else self._over_run()
-        under = lists.under(under, partial(args.typed_overrides, parser))
-        config = lists.add_names(compose.merge(under, typed))
+        under = self._over_run()
+
+        def final(under: dict[str, Any]) -> dict[str, Any]:
+            return lists.add_names(compose.merge(lists.under(under, partial(args.typed_overrides, parser)), typed))
+
+        config = final(under)
+        if self.choice.auto and self._is_another(under, config):
+            config = final(self.layers)
         resolved = compose.resolve(config)
         self.root = root
         self.config = args.typed(parser, resolved)
@@ -131,6 +138,7 @@ class TaskCLI(LightningCLI):
             raise Done
         for key in OURS:
             self.resolved.pop(key, None)
+        self.settings = self.resolved
         self.resolved = compose.without_nulls(self.resolved, self.layers, defaults)
         if self.request.print_config:
             sys.stdout.write(compose.to_yaml(self.classes.saved(self.resolved)))
@@ -154,15 +162,31 @@ class TaskCLI(LightningCLI):
 
     def _over_run(self) -> dict[str, Any]:
         """The files under a run's configuration: all of it to continue the run, its model and data to evaluate it."""
-        saved = compose.read(self.choice.config)
-        saved = self.classes.flat(compose.renamed(saved, rank_zero_info), str(self.choice.config))
+        saved, source = self.choice.saved(), str(self.choice.checkpoint or self.choice.run)
+        if saved is None:
+            return self.layers
+        saved = self.classes.flat(compose.renamed(saved, rank_zero_info), source)
         saved = compose.without(saved, RETIRED)
         saved = compose.merge(compose.nulls(args.plain(self.parser, self.parser.get_defaults())), saved)
         if saved.pop("domain", self.classes.domain) != self.classes.domain:
-            raise ConfigError(f"{self.choice.checkpoint}: of another domain than task={self.task}")
+            raise ConfigError(f"{source}: of another domain than task={self.task}")
         if self.request.command != "fit":
             saved = {key: saved[key] for key in ("model", "data", "seed") if key in saved}
         return compose.over_saved(self.layers, saved)
+
+    def _is_another(self, *configs: dict[str, Any]) -> bool:
+        """Whether what was typed makes another experiment of the run that resume=auto found: never continued."""
+        then, now = (args.plain(self.parser, args.typed(self.parser, compose.resolve(config))) for config in configs)
+        if not (other := other_experiment(then, now)):
+            return False
+        run = self.choice.run
+        if self.choice.checkpoint:
+            raise ConfigError(
+                f"resume=auto: the newest run {run} is another experiment: {other}. run={run} continues it with "
+                "these settings; without resume=auto a new run starts"
+            )
+        self.choice = Choice(note=f"{run} has no checkpoint and is another experiment ({other}): starting a new run")
+        return True
 
     def _set_seed(self) -> None:
         seed = self.config["seed"]
@@ -178,7 +202,8 @@ class TaskCLI(LightningCLI):
         values, info = self.config_init["model"].values, self.datamodule.info
         check(misfits(values, info, f"data.dataset={self.datamodule.dataset}"))
         said = left_to_data(values, info)
-        self.resolved["model"] |= said
+        for config in (self.resolved, self.settings):
+            config["model"] |= said
         self.model = self.classes.model(**values | said)
 
     @property
@@ -196,6 +221,8 @@ class TaskCLI(LightningCLI):
             checkpoint = read_checkpoint(start, training=fit)
             check_fits(self.model, checkpoint, start)
             self.start_step = checkpoint.get("global_step", 0)
+            if fit:
+                self._check_continues(checkpoint, settings)
             self.nothing_left = already_done(checkpoint, settings) if fit else None
             if self.nothing_left and not self.choice.run:  # of a run that is continued, what is refused comes first
                 raise Leave(0, self.nothing_left if rank_zero_only.rank == 0 else "")
@@ -206,11 +233,12 @@ class TaskCLI(LightningCLI):
             checkpoints.folder = self.folder / "checkpoints"
         # Where Lightning would look for a SLURM checkpoint of anybody's, and put what has no other place.
         settings["default_root_dir"] = self.folder or (start and run_around(start)) or self.root
+        checkpoints.config = self.classes.saved(self.settings)
         self.guard = Guard(self.signals, checkpoints, start)
         changed = {key: compose.at(self.resolved, key) for key in self.changed}
         saved = self.classes.saved(self.resolved)
         record = Record(self.folder, self.root, self.task, saved, changed, self.fresh)
-        own = [self.guard, record, Compile(self.config["compile"])]
+        own = [self.guard, Resumed(self.settings), record, Compile(self.config["compile"])]
         settings["callbacks"] = [*own, *compose.listed(settings["callbacks"])]
         settings["plugins"] = [*compose.listed(settings["plugins"]), AtomicCheckpointIO()]
         step = self.start_step if self.choice.run else None
@@ -239,6 +267,17 @@ class TaskCLI(LightningCLI):
         defaults = args.plain(self.parser, self.parser.get_defaults())["trainer"]
         given = {key: value for key, value in self.resolved["trainer"].items() if value != defaults.get(key)}
         return by_setting(message, given)
+
+    def _check_continues(self, checkpoint: dict[str, Any], settings: dict[str, Any]) -> None:
+        """Refuses settings with which a checkpoint cannot be trained on from."""
+        source = self.choice.run or self.choice.checkpoint
+        if 0 < settings["max_steps"] < self.start_step:
+            raise ConfigError(
+                f"trainer.max_steps={settings['max_steps']}: {source} is at step {self.start_step} already"
+            )
+        then = self.classes.flat(compose.renamed(checkpoint.get("config", {}), lambda _: None), str(source))
+        changes = check_changes(then, self.settings, source)
+        self.choice.note = "; ".join(filter(None, [self.choice.note, changes]))
 
     def _make_folder(self) -> None:
         if self.folder is not None:

@@ -25,11 +25,6 @@ NOISE = (
     *("💡", "GPU available", "TPU available", "`weights_only`", "Trainer already configured with model summary"),
     *("Restoring states from the checkpoint", "Restored all states from", "Loaded model weights from"),
     *("`Trainer.fit` stopped: `max_steps", "`Trainer.fit` stopped: `max_epochs"),
-    *("-----", "Using bfloat16 Automatic Mixed Precision", "Using 16bit Automatic Mixed Precision"),
-)
-LOUD = (
-    *("pytorch.utilities.rank_zero", "pytorch.trainer.connectors.checkpoint_connector"),
-    *("fabric.utilities.rank_zero", "fabric.utilities.distributed"),
 )
 # A dependency's use of another's deprecated parts is no business of a person who trains.
 DEPENDENCIES = r"(lightning|torch|torchmetrics|torchvision|timm|jsonargparse|tensorboard)\."
@@ -100,24 +95,15 @@ def _text(path: Path | None) -> str | None:
 
 def _is_noise(record: logging.LogRecord) -> bool:
     """Advertising, and what our own lines say better."""
-    message = record.getMessage()
-    # one rank is enough to see that they are waiting for one another
-    return message.startswith(NOISE) or (message.startswith("Initializing distributed") and "RANK: 0," not in message)
-
-
-def _quiet() -> None:
-    """Lightning's and its dependencies' noise, as narrow as it can be said."""
-    for name in LOUD:
-        logging.getLogger(f"lightning.{name}").addFilter(lambda record: not _is_noise(record))
-    for category in (FutureWarning, DeprecationWarning):
-        warnings.filterwarnings("ignore", category=category, module=DEPENDENCIES)
-    # of a size in MB that our summary does not show
-    warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
+    return record.getMessage().startswith(NOISE)
 
 
 def execute(request: Request, signals: Signals) -> None:
     """Builds and runs."""
-    _quiet()
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.checkpoint_connector"):
+        logging.getLogger(name).addFilter(lambda record: not _is_noise(record))
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=DEPENDENCIES)
     cli = None
     try:
         cli = TaskCLI(request, signals)

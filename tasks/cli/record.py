@@ -37,6 +37,8 @@ class Record(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start = trainer.global_step
+        if trainer.should_stop:
+            return  # a finished run is resumed: nothing will happen
         for logger in trainer.loggers:
             if isinstance(logger, Waiting):
                 logger.open()

@@ -1,4 +1,4 @@
-"""Run folders ``RUN_ROOT/TASK/TIMESTAMP/``: making them, finding the checkpoint that a person means, and its files.
+"""Run folders ``RUN_ROOT/TASK/TIMESTAMP/``: making them, and reading and writing their checkpoints.
 
 A run folder holds config.yaml (resolved), TensorBoard events, checkpoints/last.ckpt and checkpoints/best.ckpt.
 """
@@ -8,7 +8,6 @@ import os
 import pickle
 import re
 import shutil
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -73,10 +72,15 @@ def run_around(checkpoint: Path) -> Path | None:
     return run if checkpoint.absolute().parent.name == "checkpoints" and (run / "config.yaml").is_file() else None
 
 
+class Inexact(ConfigError):
+    """A checkpoint that loads, but that no run can continue from as if nothing had happened."""
+
+
 def read_checkpoint(path: Path, training: bool = False, look: bool = True) -> dict[str, Any]:
     """Opens a checkpoint (``look``: tensors stay on disk); a missing, truncated or foreign file is a ConfigError."""
-    if path.is_dir() and (path / ".metadata").is_file():
-        return {}  # sharded by its strategy, which checks it on loading
+    if path.is_dir() and (path / ".metadata").is_file():  # sharded by its strategy, which checks it on loading
+        rest = path / "meta.pt"
+        return _exact(torch.load(rest, map_location="cpu", weights_only=True), path, training) if rest.is_file() else {}
     if not path.is_file():
         raise ConfigError(f"ckpt_path={path}: no such file")
     try:
@@ -88,7 +92,14 @@ def read_checkpoint(path: Path, training: bool = False, look: bool = True) -> di
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ConfigError(f"{path}: not a checkpoint of this trainer (it has no state_dict)")
     if training and not {"loops", "optimizer_states"} <= checkpoint.keys():
-        raise ConfigError(f"{path}: holds weights only, no optimiser state: it can be tested, not resumed")
+        raise Inexact(f"{path}: holds weights only, no optimiser state: it can be tested, not resumed")
+    return _exact(checkpoint, path, training)
+
+
+def _exact(checkpoint: dict[str, Any], path: Path, training: bool) -> dict[str, Any]:
+    """Refuses to train on from a state that does not resume exactly (see tasks/cli/checkpoints.py)."""
+    if training and (why := checkpoint.get("inexact", "not written by this command line, in a state that it knows")):
+        raise Inexact(f"{path}: {why}: it can be tested, but no run that continues from it would be the same run")
     return checkpoint
 
 
@@ -104,93 +115,6 @@ def check_fits(model: nn.Module, checkpoint: dict[str, Any], path: Path) -> None
     parts += [f"{key} is only here" for key in sorted(ours.keys() - theirs.keys())]
     more = f" (and {len(parts) - 2} more)" if len(parts) > 2 else ""
     raise ConfigError(f"{path}: a checkpoint of another model: {'; '.join(parts[:2])}{more}")
-
-
-@dataclass
-class Choice:
-    """What a command starts from."""
-
-    checkpoint: Path | None = None  # loaded before the command runs
-    run: Path | None = None  # continued by fit; None: a new run folder
-    note: str = ""  # said to the person at start
-
-    @property
-    def config(self) -> Path | None:
-        """The configuration of the run that the checkpoint comes from."""
-        run = self.checkpoint and run_around(self.checkpoint)
-        return run / "config.yaml" if run else None
-
-
-def _loadable(run: Path, training: bool) -> tuple[Path | None, str]:
-    """The newest checkpoint of a run that loads (last, else the newest other), and what was wrong with newer ones."""
-    files = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
-    problems = []
-    for path in sorted(files, key=lambda path: path.name != "last.ckpt"):
-        try:
-            read_checkpoint(path, training)
-            return path, "".join(f"{problem}; using {path.name} instead" for problem in problems)
-        except ConfigError as error:
-            problems.append(str(error))
-    return None, "; ".join(problems)
-
-
-def choose(command: str, task: str, root: Path, ckpt_path: str | None, run: str | None, resume: str | None) -> Choice:
-    """The checkpoint that ``ckpt_path=last|best|PATH``, ``run=PATH`` and ``resume=auto`` mean. Only reads.
-
-    fit without any of them starts fresh; the other commands take ``best`` of the newest run and say so: random weights
-    are never evaluated. ``last``, ``run=`` and ``resume=auto`` continue in the run's folder; ``best`` and any other
-    file start a new one.
-    """
-    if resume not in (None, "auto"):
-        raise ConfigError(f"resume={resume}: the only value is resume=auto (or name a run: run=PATH)")
-    if resume and ckpt_path:
-        raise ConfigError(f"resume={resume} and ckpt_path={ckpt_path} exclude each other")
-    if resume and command != "fit":
-        raise ConfigError(f"resume={resume} is for fit; {command} takes ckpt_path=last|best|PATH")
-    if ckpt_path not in (None, "last", "best"):
-        return _from_file(command, Path(ckpt_path).expanduser(), run)
-    if command == "fit" and not (ckpt_path or run or resume):
-        return Choice()
-
-    candidates = [_named_run(root, task, run)] if run else runs_of(root, task)
-    started = [path for path in candidates if any((path / "checkpoints").glob("*.ckpt"))]
-    if not started:
-        if resume and not run:
-            return Choice(note=f"no run of task={task} to resume under {root}: starting a new one")
-        where = f"run={run} has no checkpoint yet" if run else f"no run of task={task} with a checkpoint under {root}"
-        hint = "" if command == "fit" else "; train it first, or give ckpt_path=PATH"
-        raise ConfigError(f"{f'ckpt_path={ckpt_path}' if ckpt_path else command}: {where}{hint}")
-    chosen = started[0]
-    best = chosen / "checkpoints" / "best.ckpt"
-    if ckpt_path == "best":
-        if not best.is_file():
-            raise ConfigError(f"ckpt_path=best: {chosen} has no best.ckpt (no validation has finished); try last")
-        read_checkpoint(best, command == "fit")
-        return Choice(best)
-    if command != "fit" and ckpt_path is None and best.is_file():
-        read_checkpoint(best)
-        return Choice(best, note=f"no ckpt_path given: {command} uses {best}")
-    checkpoint, problem = _loadable(chosen, command == "fit")
-    if checkpoint is None:
-        raise ConfigError(f"no checkpoint of {chosen} can be loaded: {problem}")
-    if command != "fit" and ckpt_path is None:
-        problem += f"{'; ' * bool(problem)}no ckpt_path given and no best.ckpt there: {command} uses {checkpoint}"
-    return Choice(checkpoint, chosen if command == "fit" else None, problem)
-
-
-def _from_file(command: str, path: Path, run: str | None) -> Choice:
-    if run:
-        raise ConfigError(f"run={run} and ckpt_path={path} exclude each other (ckpt_path=last|best goes with run=)")
-    read_checkpoint(path, command == "fit")
-    continued = run_around(path) if command == "fit" and path.name == "last.ckpt" else None
-    return Choice(path, continued)
-
-
-def _named_run(root: Path, task: str, run: str) -> Path:
-    for folder in (Path(run).expanduser(), root / task / run, root / run):
-        if (folder / "checkpoints").is_dir() or (folder / "config.yaml").is_file():
-            return folder
-    raise ConfigError(f"run={run}: no run folder there (looked for config.yaml and checkpoints/)")
 
 
 def write_atomically(path: Path, write: Any) -> None:
