@@ -171,6 +171,13 @@ class Task(LightningModule):
             problems.append(f"trainer.accelerator={device.type}: hgrn2_scan does not run on it yet; use cpu")
         check(problems)
         keep_masked_norms(self.trainer)
+        if stage == "fit" and hasattr(data, "example"):
+            self.example_input_array = data.example()
+
+    def forward(self, **batch: Any) -> dict[str, Tensor]:
+        """`compute` for Lightning's model summary, whose FLOP counter goes with no compiled module."""
+        with torch.compiler.set_stance("force_eager"):
+            return self.compute(batch)
 
     # -- training ----------------------------------------------------------------------------------------------------
 

@@ -208,6 +208,11 @@ class TaskData(LightningDataModule):
         made = next(iter(self.splits), "train")
         return dict(getattr(self.split(made), "info", {}))
 
+    def example(self) -> dict[str, Any]:
+        """A batch of one held-out sample, always the same."""
+        dataset = KeyedDataset(self.split("val"), self.seed, train=False)
+        return self.collate([dataset[SampleKey(0, 0, True)]])
+
     def prepare_data(self) -> None:
         # read the data before any folder or logger exists, so that a wrong path leaves nothing behind
         self.setup(self.trainer.state.fn if self.trainer else None)

@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import os
+import re
 import time
 from pathlib import Path
 
@@ -12,12 +13,14 @@ import pytest
 import torch
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.model_summary import ModelSummary
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hgrn2 import ConfigError, HGRN2Config
+from hgrn2 import ConfigError, HGRN2Backbone, HGRN2Config
 from tasks.callbacks import (
     GarbageCollection,
     MemoryHorizon,
+    ModelParts,
     Progress,
     SampleViewer,
     Startup,
@@ -107,6 +110,28 @@ def test_fast_dev_run(make, domain, tmp_path):
     results = quiet_trainer(tmp_path, fast_dev_run=True).test(task, data, verbose=False)[0]
     assert {"test/loss"} < results.keys()
     quiet_trainer(tmp_path, fast_dev_run=True).predict(task, data)
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_the_model_summary_counts_flops(make, domain):
+    task, data = make(domain)
+    for module in task.modules():
+        if isinstance(module, HGRN2Backbone):
+            module.compile_blocks(backend="aot_eager")  # which the summary has to leave alone
+    data.setup()
+    task.example_input_array = data.example()
+    summary = ModelSummary(task, max_depth=2)
+    products = 2 * sum(p.numel() for p in task.model.backbone.parameters() if p.dim() == 2)
+    assert summary.flop_counts["model.backbone"]
+    assert sum(summary.flop_counts["model.backbone"].values()) > products  # one token's, at least
+
+
+def test_the_model_summary_shows_flops(make, tmp_path, capsys):
+    task, data = make("vision")
+    limits = dict(max_steps=1, limit_val_batches=0, enable_model_summary=True, callbacks=[ModelParts()])
+    quiet_trainer(tmp_path, **limits).fit(task, data)
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "HGRN2Backbone" in line)
+    assert re.search(r"[1-9][\d.]* [KMG]$", row.strip())
 
 
 @pytest.mark.parametrize(
