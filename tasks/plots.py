@@ -1,4 +1,4 @@
-"""Figures for TensorBoard, drawn with matplotlib's object interface (no global state, no display)."""
+"""Figures and text for TensorBoard; drawn with matplotlib's object interface (no global state, no display)."""
 
 import numpy as np
 from matplotlib.colors import LogNorm
@@ -6,6 +6,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
+
+
+def printable(text: str) -> str:
+    """Text that can be written as UTF-8: lone surrogates, the bytes of a file name that is none, become escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def image_grid(images: Tensor, captions: list[tuple[str, bool]], columns: int = 6) -> Figure:
@@ -19,7 +24,8 @@ def image_grid(images: Tensor, captions: list[tuple[str, bool]], columns: int = 
         image = image.transpose(1, 2, 0)
         image = (image - image.min()) / max(np.ptp(image), 1e-6)
         axis.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray_r")
-        axis.set_title(caption, fontsize=11, color=RIGHT if right else WRONG, pad=3)
+        color = RIGHT if right else WRONG  # a class may be called $x^
+        axis.set_title(printable(caption), fontsize=11, color=color, pad=3, parse_math=False)
     return figure
 
 

@@ -37,6 +37,7 @@ from tasks.cli.runs import AtomicCheckpointIO, check_fits, new_run, read_checkpo
 from tasks.cli.settings import check_processes, check_trainer
 from tasks.cli.signals import Leave, Signals
 from tasks.compilation import Compile, CompileMode
+from tasks.plots import printable
 from tasks.progress import say
 
 DECISION = "HGRN2_RUN"  # what rank 0 decided, for the children that Lightning's launcher starts
@@ -216,6 +217,9 @@ class TaskCLI(LightningCLI):
         settings, start = self.config_init["trainer"], self.choice.checkpoint
         names = [] if settings["logger"] is False else self.config["logger"].split(",")
         make_loggers(names, self.task, None, None)  # a wrong name is refused before a folder is made
+        where = self.choice.run or self.root / self.task
+        if fit and "tensorboard" in names and printable(str(where)) != str(where):
+            raise ConfigError(f"{where}: TensorBoard writes to no folder whose name is not UTF-8; try logger=csv")
         check_trainer(self.request.command, settings, resumes=start is not None)
         if start:
             checkpoint = read_checkpoint(start, training=fit)

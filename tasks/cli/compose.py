@@ -72,11 +72,20 @@ def read(path: Path) -> dict[str, Any]:
     """A YAML file as a plain dict, interpolations unresolved."""
     try:
         content = OmegaConf.load(path)
-        return OmegaConf.to_container(content) if OmegaConf.is_dict(content) else _not_a_mapping(path)
+        return _as_text(OmegaConf.to_container(content)) if OmegaConf.is_dict(content) else _not_a_mapping(path)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
+
+
+def _as_text(value: Any) -> Any:
+    """``!!binary`` is how ``to_yaml`` keeps text that no YAML can hold: file names that are no UTF-8."""
+    if isinstance(value, dict):
+        return {key: _as_text(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_text(item) for item in value]
+    return value.decode("utf-8", "surrogatepass") if isinstance(value, bytes) else value
 
 
 def _not_a_mapping(path: Path) -> dict[str, Any]:
@@ -255,6 +264,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text(dumper: yaml.Dumper, value: str) -> yaml.Node:
+    if re.search("[\ud800-\udfff]", value):
+        return dumper.represent_binary(value.encode("utf-8", "surrogatepass"))
     plain = re.fullmatch(r"[A-Za-z_/][\w./ -]*[\w./-]|[A-Za-z_]", value) and value.lower() not in YAML_WORDS
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if plain else '"')
 

@@ -16,6 +16,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from hgrn2.config import ConfigError
 from tasks.cli.runs import write_atomically
+from tasks.plots import printable
 
 LOGGERS = ("tensorboard", "csv", "wandb", "none")
 
@@ -81,6 +82,7 @@ class RunTensorBoard(Waiting, TensorBoardLogger):
         plain = {
             key: value if isinstance(value, int | float | str) else json.dumps(value) for key, value in settings.items()
         }
+        plain = {key: printable(value) if isinstance(value, str) else value for key, value in plain.items()}
         _, start, _ = hparams(plain, {})
         self.experiment._get_file_writer().add_summary(start)
 

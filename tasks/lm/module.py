@@ -11,6 +11,7 @@ from hgrn2.loss import IGNORED, linear_cross_entropy
 from tasks.base import Task, known
 from tasks.lm.model import LanguageModel
 from tasks.optim import OptimConfig
+from tasks.plots import printable
 
 
 class LMTask(Task):
@@ -88,5 +89,5 @@ class LMTask(Task):
         prompt = torch.as_tensor(data.encode(self.prompt or "\n"), device=self.device)[None]
         generator = torch.Generator().manual_seed(self.seed)
         tokens = self.model.generate(prompt, self.sample_tokens, self.temperature, generator)
-        text = data.decode(tokens[0].cpu().numpy()).replace("\0", "\n# --- end of file ---\n")
+        text = printable(data.decode(tokens[0].cpu().numpy())).replace("\0", "\n# --- end of file ---\n")
         writer.add_text("viz/generated", "    " + text.replace("\n", "\n    "), step)

@@ -1,6 +1,8 @@
 """Python source, byte by byte; by default the standard library's own: a real corpus on every machine."""
 
 import hashlib
+import os
+import re
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,14 @@ from hgrn2 import ConfigError
 from tasks.dataset import hash_arrays
 
 END_OF_FILE = 0  # the byte between files; it occurs in no source file
+REPLACEMENT = "\ufffd".encode()
+LONE_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # those that stand for no byte (PEP 383)
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "__pycache__"}
 
 
 def split_of(name: str) -> str:
     """train (90%), val or test (5% each) from a hash of a file's relative name: stable across machines."""
-    bucket = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 100
+    bucket = int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:4], "big") % 100
     return "test" if bucket < 5 else "val" if bucket < 10 else "train"
 
 
@@ -26,8 +30,15 @@ def read_sources(root: Path, split: str) -> np.ndarray:
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if split_of(relative.as_posix()) == split and SKIPPED_FOLDERS.isdisjoint(relative.parts) and path.is_file():
-            files.append(path.read_bytes() + bytes([END_OF_FILE]))
+            files.append(_read(path) + bytes([END_OF_FILE]))
     return np.frombuffer(b"".join(files), dtype=np.uint8)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 class Blocks:
@@ -82,10 +93,12 @@ class PythonSource(Blocks):
 
     @staticmethod
     def decode(tokens: np.ndarray) -> str:
-        """Bytes as text; what is no UTF-8 shows as replacement characters."""
-        return bytes(np.asarray(tokens, dtype=np.uint8).tolist()).decode("utf-8", errors="replace")
+        """Bytes as text; what is no UTF-8, or (in a larger vocabulary) no byte, shows as replacement characters."""
+        parts = (bytes([token]) if 0 <= token < 256 else REPLACEMENT for token in np.asarray(tokens).tolist())
+        return b"".join(parts).decode("utf-8", errors="replace")
 
     @staticmethod
     def encode(text: str) -> np.ndarray:
-        """Text as byte tokens, int64."""
-        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
+        """Text as byte tokens, int64; text from a command line or a file's name gives back its bytes, UTF-8 or not."""
+        text = LONE_SURROGATE.sub("\ufffd", text)
+        return np.frombuffer(text.encode("utf-8", "surrogateescape"), dtype=np.uint8).astype(np.int64)

@@ -168,5 +168,6 @@ class ListOps:
 
     @staticmethod
     def decode(tokens: np.ndarray) -> str:
-        """An expression as text, without padding and `<eos>`."""
-        return " ".join(VOCABULARY[t] for t in tokens if t not in (PAD, EOS))
+        """An expression as text, without padding and `<eos>`; an id that is none shows as such."""
+        kept = (int(t) for t in tokens if t not in (PAD, EOS))
+        return " ".join(VOCABULARY[t] if 0 <= t < len(VOCABULARY) else f"<{t}>" for t in kept)

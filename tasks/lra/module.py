@@ -10,6 +10,7 @@ from hgrn2.config import check
 from tasks.base import ClassificationTask, known
 from tasks.lra.model import SequenceClassifier
 from tasks.optim import OptimConfig
+from tasks.plots import printable
 
 Positions = Literal["sinusoid"]
 
@@ -68,4 +69,4 @@ class LRATask(ClassificationTask):
         for tokens, length, pred, label in zip(*columns, strict=True):
             text = self.trainer.datamodule.decode(tokens[:length])
             rows.append(f"| {'✓' if pred == label else '✗'} | {pred} | {label} | `{text}` |")
-        writer.add_text("viz/expressions", "\n".join(rows), step)
+        writer.add_text("viz/expressions", printable("\n".join(rows)), step)
