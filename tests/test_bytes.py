@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from launch import launch
@@ -100,7 +101,7 @@ def test_any_text_in_a_configuration_comes_back(tmp_path_factory, text):
 
 
 def test_figures_take_any_class_name():
-    figure = image_grid(np.zeros((3, 1, 4, 4)), [("$x^$", True), (BAD, False), ("a\0", True)])
+    figure = image_grid(torch.zeros(3, 1, 4, 4), [("$x^$", True), (BAD, False), ("a\0", True)])
     FigureCanvasAgg(figure).draw()
 
 

@@ -17,6 +17,7 @@ from lightning.fabric.plugins import CheckpointIO
 from torch import nn
 
 from hgrn2.config import ConfigError
+from tasks.plots import printable
 
 # Earlier versions named runs to the microsecond: these folders are still found.
 RUN_NAME = re.compile(r"(\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)(\.\d{6})?(?:-(\d+))?")
@@ -84,7 +85,8 @@ def read_checkpoint(path: Path, training: bool = False, look: bool = True) -> di
     if not path.is_file():
         raise ConfigError(f"ckpt_path={path}: no such file")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=look)
+        mmap = look and printable(str(path)) == str(path)  # torch maps no file whose name is not UTF-8
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise ConfigError(f"{path}: not loaded: it holds more than tensors and plain values, or is damaged") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
