@@ -15,6 +15,7 @@ import gc
 import itertools
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -55,6 +56,41 @@ def flags(width: int, depth: int, hidden: int, rows: int, tokens: int) -> list[s
         f"model.vocab_size={VOCAB}", "model.tie_embeddings=false", f"data.batch_size={rows}",
         f"data.seq_len={tokens}",
     ]  # fmt: skip
+
+
+# name: (width, depth, head dim, norm, positions, rows, data set)
+LRA = {
+    "ListOps": (64, 5, 4, "batchnorm", "sinusoid", 128, "random_data:ListOpsLengths"),
+    "Text": (128, 4, 8, "layernorm", "null", 64, "random_data:TextLengths"),
+}
+
+
+def lra_through_train(name: str, steps: int = 400) -> dict:
+    """Milliseconds a step of train.py on random sequences of the task's lengths, packed and padded."""
+    width, depth, head, norm, positions, rows, data = LRA[name]
+    found = {}
+    for packed in ("true", "false"):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [
+                sys.executable, "train.py", "task=lra", f"run_root={folder}/runs", "logger=csv",
+                f"data.dataset={data}", f"data.batch_size={rows}", f"data.packed={packed}", "data.num_workers=4",
+                f"model.backbone.dim={width}", f"model.backbone.depth={depth}", f"model.backbone.expand_ratio={head}",
+                f"model.backbone.glu_width={width}", f"model.backbone.norm={norm}",
+                f"model.backbone.final_norm={norm}", f"model.positions={positions}",
+                "trainer.precision=bf16-mixed", f"trainer.max_steps={steps}", "model.optim.warmup_steps=10",
+                "trainer.log_every_n_steps=50", "trainer.limit_val_batches=0", "trainer.num_sanity_val_steps=0",
+                "checkpoint.every_n_steps=0", "trainer.enable_checkpointing=false", "trainer.gradient_clip_val=0",
+            ]  # fmt: skip
+            environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"}
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+            key = "packed" if packed == "true" else "padded"
+            if done.returncode:
+                found[key] = {"error": done.stdout[-1500:] + done.stderr[-1500:]}
+                continue
+            (path,) = Path(folder).glob("runs/lra/*/csv/metrics.csv")
+            seen = [float(x["train/samples_per_s"]) for x in csv.DictReader(path.open()) if x["train/samples_per_s"]]
+            found[key] = {"ms": rows / statistics.median(seen[2:]) * 1e3, "all ms": [rows / x * 1e3 for x in seen]}
+    return found
 
 
 class Bare:
@@ -212,7 +248,7 @@ def free(*objects) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", default=["340M"], choices=ROWS)
+    parser.add_argument("--rows", nargs="+", default=["340M"], choices=[*ROWS, *LRA])
     parser.add_argument("--only", nargs="+", default=["ours", "eager", "peer", "cli"])
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, default=OUT / "train.json")
@@ -229,7 +265,12 @@ def main() -> None:
         "rows": {},
     }
     for name in args.rows:
-        row, found = ROWS[name], results["rows"].setdefault(name, {})
+        found = results["rows"].setdefault(name, {})
+        if name in LRA:
+            found["train.py"] = lra_through_train(name)
+            sys.stdout.write(f"{name} train.py: {found['train.py']}\n")
+            continue
+        row = ROWS[name]
         jobs = {
             "ours, compiled": ("ours", lambda row=row: ours(row, True)),
             "ours, eager": ("eager", lambda row=row: ours(row, False)),
@@ -252,8 +293,8 @@ def main() -> None:
         if "cli" in args.only:
             found["ours, train.py"] = through_train(row)
             sys.stdout.write(f"{name} train.py: {found['ours, train.py']}\n")
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
