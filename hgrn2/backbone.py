@@ -8,6 +8,7 @@ Legend: B batch, T tokens, D width, L layers, H heads, K = V head dim.
 
 import torch
 from torch import Tensor, nn
+from torch import _dynamo as dynamo
 
 from hgrn2.config import HGRN2Config
 from hgrn2.fused import (
@@ -95,8 +96,12 @@ class HGRN2Backbone(nn.Module):
     def compile_blocks(self, **options) -> None:
         """Compile each block in place (`nn.Module.compile`: keys of checkpoints stay), as whole graphs.
 
-        Blocks of one kind share a graph: the first layer, which has no lower bound, has one and all others another.
+        Blocks of one kind share a graph: the first layer, which has no lower bound, has one and all others another, for
+        each of training and evaluation, padded and packed rows, and fixed and changing sizes. Prompts that leave a
+        state behind are read uncompiled.
         """
+        # dynamo's own limit of 8 counts the graphs of all layers together, and past it a whole graph is an error
+        dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 64)
         for block in self.blocks:
             block.compile(fullgraph=True, **options)
         self.add_norm.compile(fullgraph=True, **options)
@@ -138,6 +143,12 @@ class HGRN2Backbone(nn.Module):
             `[B, T, D]`, or that and the state `[L, B, H, K, V]` in fp32.
         """
         self._check(x, lengths, cu_seqlens, grid, state, return_state)
+        if return_state and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            with torch.compiler.set_stance("force_eager"):
+                return self._run(x, lengths, cu_seqlens, grid, state, return_state)
+        return self._run(x, lengths, cu_seqlens, grid, state, return_state)
+
+    def _run(self, x, lengths, cu_seqlens, grid, state, return_state) -> Tensor | tuple[Tensor, Tensor]:
         pad = None
         if lengths is not None:
             pad = (torch.arange(x.shape[1], device=x.device) >= lengths[:, None]).unsqueeze(-1)
@@ -145,6 +156,9 @@ class HGRN2Backbone(nn.Module):
         finals, branch = [], None
         for i, (block, gamma) in enumerate(zip(self.blocks, self.gammas(), strict=True)):
             start = None if state is None else state[i]
+            if cu_seqlens is not None and not torch.compiler.is_compiling():
+                for stream in filter(torch.is_tensor, (x, branch)):
+                    dynamo.maybe_mark_dynamic(stream, 1)  # packed rows are of any length: none is worth a graph
             x, branch, final = block(
                 x, branch, gamma, pad,
                 lengths=lengths, cu_seqlens=cu_seqlens, grid=grid, state=start, return_state=return_state,
