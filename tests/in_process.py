@@ -1,5 +1,6 @@
 """Runs the command line in this very process, which saves its start; what the Trainer sets globally is put back."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,12 @@ VISION = [
 
 
 def run(*argv: str) -> None:
+    environment = dict(os.environ)  # Lightning adds ranks and ports for its children
     try:
         main(list(argv))
     finally:
+        os.environ.clear()
+        os.environ.update(environment)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         torch.use_deterministic_algorithms(False)

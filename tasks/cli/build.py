@@ -34,7 +34,7 @@ from tasks.cli.reliability import Guard
 from tasks.cli.report import already_done
 from tasks.cli.resume import Resumed, check_changes, other_experiment
 from tasks.cli.runs import AtomicCheckpointIO, check_fits, new_run, read_checkpoint, run_around
-from tasks.cli.settings import check_processes, check_trainer
+from tasks.cli.settings import check_built, check_trainer
 from tasks.cli.signals import Leave, Signals
 from tasks.compilation import Compile, CompileMode
 from tasks.plots import printable
@@ -263,7 +263,7 @@ class TaskCLI(LightningCLI):
             raise ConfigError(
                 f"trainer.strategy={self.config['trainer']['strategy']}: use ddp, which starts processes anew"
             )
-        check_processes(trainer)
+        check_built(trainer, settings)
         return trainer
 
     def with_settings(self, message: str) -> str:

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from hgrn2.config import ConfigError
 from tasks.cli.checkpoints import Checkpoints
-from tasks.cli.settings import check_loop, check_monitors
+from tasks.cli.settings import check_loop
 from tasks.cli.signals import Leave, Signals, status
 
 NEVER = 2**62  # larger than any step
@@ -60,9 +60,6 @@ class Guard(Callback):
         tensor = torch.tensor(values)
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group)
         return tensor.tolist()
-
-    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        check_monitors(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for note in check_loop(trainer):

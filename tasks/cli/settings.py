@@ -120,8 +120,10 @@ def _is_nothing(value: Any) -> bool:
     return (value is not None and value in (0, timedelta(0))) or (isinstance(value, dict) and not timedelta(**value))
 
 
-def check_processes(trainer: Trainer) -> None:
-    """Refuses a launcher's number of processes that the Trainer does not use: each would train a run of its own."""
+def check_built(trainer: Trainer, settings: dict[str, Any]) -> None:
+    """Refuses what Lightning replaces, and processes that the Trainer does not use: each would train its own run."""
+    if str(settings["precision"]) in ("16", "16-mixed") and trainer.precision != "16-mixed":
+        raise ConfigError(f"trainer.precision={settings['precision']} cannot run on the CPU: use {trainer.precision}")
     environment = trainer._accelerator_connector.cluster_environment
     if trainer.num_nodes > 1 and not environment.creates_processes_externally:
         raise ConfigError(f"trainer.num_nodes={trainer.num_nodes}: start every node with torchrun or srun")
@@ -131,18 +133,6 @@ def check_processes(trainer: Trainer) -> None:
     raise ConfigError(
         f"trainer.devices={trainer.num_devices} x trainer.num_nodes={trainer.num_nodes} is {trainer.world_size} "
         f"processes, {name} starts {environment.world_size()}: make them the same"
-    )
-
-
-def check_monitors(trainer: Trainer) -> None:
-    """After the sanity check, whose metrics are those of every validation: refuses a callback that waits for others."""
-    logged = ", ".join(sorted(key for key in trainer.callback_metrics if key.startswith("val"))) or "nothing"
-    check(
-        [
-            f"{type(callback).__name__}'s monitor={callback.monitor} is not logged; logged: {logged}"
-            for callback in _monitoring_validation(trainer)
-            if callback.monitor not in trainer.callback_metrics
-        ]
     )
 
 
