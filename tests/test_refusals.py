@@ -29,9 +29,9 @@ def _own_folder(tmp_path, monkeypatch):
     ("argv", "environment", "fragment"),
     [
         ([], SLURM | {"SLURM_NTASKS": "2"}, "--ntasks-per-node=2"),
-        ([], SLURM | {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}, "1 processes, SLURM starts 2"),
+        ([], SLURM | {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}, "the 2 processes that SLURM starts"),
         ([], SLURM | {"SLURM_NTASKS": "x"}, "'x'"),
-        ([], TORCHRUN | {"WORLD_SIZE": "2"}, "1 processes, torchrun starts 2"),
+        ([], TORCHRUN | {"WORLD_SIZE": "2"}, "the 2 processes that torchrun starts"),
         (["trainer.devices=3"], TORCHRUN | {"WORLD_SIZE": "2"}, "devices=3"),
         (["trainer.strategy=ddp"], TORCHRUN | {"WORLD_SIZE": "1", "LOCAL_RANK": ""}, "''"),
         (["trainer.strategy=ddp"], {"MASTER_PORT": "99999"}, "99999"),

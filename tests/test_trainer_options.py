@@ -69,7 +69,7 @@ TABLE = {
     "detect_anomaly": ["test_switches", "test_changes_nothing"],
     "barebones": ["test_refused"],
     "plugins": ["test_refused_plugins", "test_changes_nothing", "test_refusals.py::test_before_the_first_step"],
-    "sync_batchnorm": ["test_ddp.py::test_two_ranks_train_and_evaluate_as_one"],
+    "sync_batchnorm": ["test_sync_batchnorm.py::test_trainer_sync_batchnorm"],
     "reload_dataloaders_every_n_epochs": ["test_changes_nothing", "test_refused_by_lightning"],
     "default_root_dir": ["test_refused"],
     "enable_autolog_hparams": ["test_changes_nothing"],

@@ -53,4 +53,4 @@ def _wait_for_rank_0() -> None:
     """The same mistake on rank 0 is reported there, and ends us before we repeat it."""
     rank = next((int(os.environ[k]) for k in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if os.environ.get(k)), 0)
     if rank:
-        time.sleep(3)
+        time.sleep(10)

@@ -131,8 +131,8 @@ def check_built(trainer: Trainer, settings: dict[str, Any]) -> None:
         return
     name = type(environment).__name__.removesuffix("Environment").replace("TorchElastic", "torchrun")
     raise ConfigError(
-        f"trainer.devices={trainer.num_devices} x trainer.num_nodes={trainer.num_nodes} is {trainer.world_size} "
-        f"processes, {name} starts {environment.world_size()}: make them the same"
+        f"trainer.devices={trainer.num_devices} x trainer.num_nodes={trainer.num_nodes} does not match the "
+        f"{environment.world_size()} processes that {name} starts"
     )
 
 
