@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from in_process import run
 from launch import REPO
+from PIL import Image
 
 from tasks.cli.help import OVERVIEW
 
@@ -85,7 +86,7 @@ def small(task: str, folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with a run of each demo, the task files that the pages show, and some Python source."""
+    """A folder with a run of each demo, the task files that the pages show, some Python source, some images."""
     folder = tmp_path_factory.mktemp("trained")
     for page in PAGES:
         for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
@@ -95,6 +96,9 @@ def trained(tmp_path_factory):
     (folder / "code").mkdir()
     for i in range(150):
         (folder / "code" / f"module_{i}.py").write_text(f"x = {i}\n" * 100)
+        image = folder / "images" / "ab"[i % 2] / f"{i}.png"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 7), (i, i, i)).save(image)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for task in DATA:
