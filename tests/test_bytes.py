@@ -1,6 +1,9 @@
 """Every byte sequence as a file's name, a file, a token or a typed text."""
 
+import csv
+import io
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from hgrn2 import ConfigError
 from tasks.cli import compose
+from tasks.cli.loggers import _ContinuingWriter
+from tasks.cli.runs import read_checkpoint
 from tasks.lm import python_source
 from tasks.lm.python_source import END_OF_FILE, PythonSource, read_sources
 from tasks.lra.listops import VOCABULARY, ListOps
@@ -115,6 +120,96 @@ def test_image_folders_take_any_name(tmp_path):
     assert sorted(map(os.fsencode, data.class_names)) == [b"b$^$", b"\xff"]
     assert data.get(0, None)["image"].shape == (1, 8, 8)
     assert data.fingerprint() == ImageFolder("train", tmp_path, img_size=8, in_chans=1).fingerprint()
+
+
+CHANGES = st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=4), st.integers(0, 20)), min_size=1, max_size=4)
+
+
+def damaged(content: bytes, changes: list[tuple[float, bytes, int]]) -> bytes:
+    """`content` with bytes put in and left out at some places."""
+    for place, new, removed in changes:
+        at = int(place * len(content))
+        content = content[:at] + new + content[at + removed :]
+    return content
+
+
+def refusal(call, *args, **kwargs) -> str | None:
+    """What a ConfigError says, if one is raised."""
+    try:
+        call(*args, **kwargs)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+@given(st.sampled_from(["zip", "pickle", "none"]), CHANGES, st.booleans())
+def test_any_bytes_are_a_checkpoint_or_refused(tmp_path_factory, kind, changes, look):
+    path = tmp_path_factory.getbasetemp() / "any.ckpt"
+    contents = {"state_dict": {"w": torch.zeros(3)}, "loops": {}, "list": [1, (2, 3)]}
+    if kind == "zip":
+        torch.save(contents, path)
+    original = {"zip": path.read_bytes, "pickle": lambda: pickle.dumps({"a": [1, {}]}, 2), "none": bytes}[kind]()
+    path.write_bytes(damaged(original, changes))
+    assert str(path) in (refusal(read_checkpoint, path, look=look) or str(path))
+
+
+@given(CHANGES)
+def test_any_bytes_are_a_configuration_or_refused(tmp_path_factory, changes):
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_bytes(damaged(b"parent: lm\nx: 2020-01-01\na: &a [1, 0x1f, 1:30]\nb: *a\nc: !!binary aGk=\n", changes))
+    message = refusal(lambda: compose.resolve(compose.load_task(str(path))[1]))
+    assert "\n" not in (message or "")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("kind", ["png", "jpeg", "ppm", "tiff", "bmp", "gif"])
+@given(changes=CHANGES)
+def test_any_bytes_are_an_image_or_refused(tmp_path_factory, kind, changes):
+    folder = tmp_path_factory.getbasetemp() / f"images-{kind}"
+    if not folder.exists():
+        for name in ("a", "b"):
+            (folder / name).mkdir(parents=True)
+            for i in range(20):
+                Image.new("RGB", (5, 5), (i, 2, 3)).save(folder / name / f"{i}.png")
+    data = ImageFolder("train", folder, img_size=4)
+    buffer = io.BytesIO()
+    Image.new("RGB", (5, 5), (1, 2, 3)).save(buffer, kind)
+    file = Path(data.samples[0][0])
+    file.write_bytes(damaged(buffer.getvalue(), changes))
+    assert str(file) in (refusal(data.get, 0, None) or str(file))
+
+
+@given(CHANGES, st.sampled_from([None, 0, 2, 9]))
+def test_any_bytes_are_a_metrics_file(tmp_path_factory, changes, purge_step):
+    folder = tmp_path_factory.getbasetemp() / "csv"
+    folder.mkdir(exist_ok=True)
+    path = folder / "metrics.csv"
+    path.write_bytes(damaged(b'epoch,step,"a,b"\r\n0,0,1.5\r\n0,1,\r\n1,2,3e-5\r\n', changes))
+    _ContinuingWriter(str(folder), purge_step)
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert all(purge_step is None or int(row["step"]) < purge_step for row in rows)
+
+
+def test_a_metrics_file_is_continued(tmp_path):
+    text = 'epoch,step,"a,b"\r\n0,0,1.5\r\n0,1,\r\n'
+    (tmp_path / "metrics.csv").write_bytes((text + "1,2,3e-5\r\n1,").encode())  # cut short by a kill
+    assert _ContinuingWriter(str(tmp_path), 2).metrics_keys == ["epoch", "step", "a,b"]
+    assert (tmp_path / "metrics.csv").read_bytes().decode() == text
+
+
+def test_a_data_workers_refusal_is_one_line(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(40):
+            (tmp_path / name / f"{i}.png").write_bytes(b"no image")
+    argv = ["data.dataset=imagefolder", f"data.path={tmp_path}", "data.img_size=8", "data.num_workers=1"]
+    small = ["model.backbone.dim=16", "model.backbone.expand_ratio=4", "data.batch_size=4", "trainer.accelerator=cpu"]
+    status, out = launch(tmp_path, "task=vision", *argv, *small)
+    assert status == 2, out
+    (line,) = (line for line in out.splitlines() if line.startswith("error: "))
+    assert line.startswith(f"error: {tmp_path}")
+    assert "cannot be read as an image" in line
 
 
 def test_a_run_with_names_that_are_no_utf8(tmp_path):

@@ -94,6 +94,16 @@ def test_a_task_without_a_name(argv, capsys):
     assert "task" in refused(capsys, *argv)
 
 
+def test_the_loggers_switch_of_a_file(capsys, tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("parent: vision\ntrainer: {logger: true}\n")
+    assert "trainer.logger=true: write logger=NAME" in refused(capsys, f"task={own}")
+    own.write_text("parent: vision\ntrainer: {logger: false}\n")
+    assert "contradict each other" in refused(capsys, f"task={own}", "logger=csv")
+    assert printed(capsys, f"task={own}", "logger=csv", "trainer.logger=null")["logger"] == "csv"
+    assert printed(capsys, f"task={own}")["trainer"]["logger"] is False
+
+
 def test_each_precision_is_listed_once(capsys):
     valid = refused(capsys, *VISION, "trainer.precision=fp16").partition("Valid: ")[2].split(", ")
     assert len(valid) == len(set(valid)) > 8

@@ -12,7 +12,7 @@ from tasks.cli import compose
 from tasks.cli.arguments import read_request
 from tasks.cli.help import overview, version
 from tasks.cli.signals import Leave, Signals
-from tasks.cli.text import one_line, write_anything
+from tasks.cli.text import message, write_anything
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
             _main(argv, signals)
         except ConfigError as error:
             _wait_for_rank_0()
-            sys.stderr.write(f"error: {one_line(error)}\n")
+            sys.stderr.write(f"error: {message(error)}\n")
             sys.exit(2)
         except Leave as leave:
             if leave.message:

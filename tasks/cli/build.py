@@ -115,7 +115,6 @@ class TaskCLI(LightningCLI):
         lists = read_lists(flags)
         typed = compose.escape(args.typed_overrides(parser, lists.flags))
         once = {key: typed.pop(key, None) for key in OURS}
-        self._check_loggers(typed)
         args.unknown_in(self.layers, parser, f"task={self.request.task}: ")
         root = Path(compose.resolve(compose.merge(self.layers, typed))["run_root"]).expanduser()
         if not (self.request.help or self.request.print_config):
@@ -128,6 +127,7 @@ class TaskCLI(LightningCLI):
         config = final(under)
         if self.choice.auto and self._is_another(under, config):
             config = final(self.layers)
+        self._check_loggers(config, typed)
         resolved = compose.resolve(config)
         self.root = root
         self.config = args.typed(parser, resolved)
@@ -153,13 +153,13 @@ class TaskCLI(LightningCLI):
             return Choice(decided["checkpoint"], decided["run"])
         return choose(self.request.command, self.task, root, **once)
 
-    def _check_loggers(self, typed: dict[str, Any]) -> None:
-        """``logger`` and trainer.logger are one setting: what was typed for one must not contradict the other."""
-        switch, names = compose.at(typed, "trainer.logger"), typed.get("logger")
+    def _check_loggers(self, config: dict[str, Any], typed: dict[str, Any]) -> None:
+        """``logger`` and trainer.logger are one setting, and must not contradict each other."""
+        switch, names = compose.at(config, "trainer.logger"), typed.get("logger")
         if switch is True:
             raise ConfigError(f"trainer.logger=true: write logger=NAME, a comma list of {', '.join(LOGGERS)}")
         if switch is False and names not in (None, "none"):
-            raise ConfigError(f"trainer.logger=false and logger={names} contradict each other")
+            raise ConfigError(f"trainer.logger=false and logger={names} contradict each other (trainer.logger=null)")
 
     def _over_run(self) -> dict[str, Any]:
         """The files under a run's configuration: all of it to continue the run, its model and data to evaluate it."""

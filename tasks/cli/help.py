@@ -45,7 +45,8 @@ def overview() -> str:
     width = max(len(name) for name in shipped_tasks())
     tasks = "".join(f"  {name:<{width}}  {summary(name)}".rstrip() + "\n" for name in shipped_tasks())
     lists = textwrap.fill(f"lists: {RULE}", 118, subsequent_indent="       ")
-    return f"{OVERVIEW}{lists}\n\ntasks:\n{tasks}"
+    first = textwrap.fill(f"settings to change first: {', '.join(IMPORTANT)}", 118, subsequent_indent="       ")
+    return f"{OVERVIEW}{lists}\n\n{first}\n\ntasks:\n{tasks}"
 
 
 def summary(task: str) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import io
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -91,6 +92,13 @@ class RunTensorBoard(Waiting, TensorBoardLogger):
         self.experiment.flush()
 
 
+def _is_before(step: str | None, purge_step: int | None) -> bool:
+    """Whether a row of a metrics.csv stays; one that a kill has cut short has no step, or none that is a number."""
+    if not (step or "").isdecimal():
+        return False
+    return purge_step is None or int(step) < purge_step
+
+
 class _ContinuingWriter(ExperimentWriter):
     """Lightning's deletes the metrics.csv that it finds; this one drops the rows that a resume repeats, and appends."""
 
@@ -99,13 +107,15 @@ class _ContinuingWriter(ExperimentWriter):
         path = Path(self.metrics_file_path)
         if not path.is_file():
             return
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            rows = [row for row in reader if purge_step is None or int(row["step"] or 0) < purge_step]
+        with path.open(newline="", errors="replace") as file:
+            reader = csv.DictReader(line.replace("\0", "") for line in file)
+            rows = [row for row in reader if _is_before(row.get("step"), purge_step)]
             self.metrics_keys = list(reader.fieldnames or [])
-        lines = [self.metrics_keys, *([row[key] for key in self.metrics_keys] for row in rows)]
-        text = "".join(",".join(f'"{cell}"' if "," in cell else cell for cell in line) + "\r\n" for line in lines)
-        write_atomically(path, lambda out: out.write(text.encode()))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.metrics_keys, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(path, lambda out: out.write(text.getvalue().encode()))
 
     def _check_log_dir_exists(self) -> None:
         """Nothing is deleted."""

@@ -89,7 +89,7 @@ def read_checkpoint(path: Path, training: bool = False, look: bool = True) -> di
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise ConfigError(f"{path}: not loaded: it holds more than tensors and plain values, or is damaged") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the unpickler's, on bytes of any kind: IndexError, struct.error, TypeError, ...
         raise ConfigError(f"{path}: truncated, or not a checkpoint") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ConfigError(f"{path}: not a checkpoint of this trainer (it has no state_dict)")

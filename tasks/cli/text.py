@@ -28,6 +28,12 @@ def one_line(text: object) -> str:
     return " ".join(str(text).encode("utf-8", "backslashreplace").decode().splitlines())
 
 
+def message(error: Exception) -> str:
+    """What a ConfigError says; one that a data worker raised comes with torch's account of it around."""
+    text = str(error)
+    return one_line(text.rpartition("ConfigError: ")[2] if text.startswith("Caught ") else text)
+
+
 def write_anything() -> None:
     """Lets stdout take names of files that are no UTF-8, and any text where the terminal knows ASCII only."""
     if hasattr(sys.stdout, "reconfigure"):

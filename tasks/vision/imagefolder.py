@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from hgrn2 import ConfigError
 from tasks.dataset import hash_text
@@ -102,11 +102,11 @@ class ImageFolder:
     def get(self, index: int, rng: np.random.Generator | None) -> dict[str, Any]:
         file, label = self.samples[index]
         try:
-            with Image.open(file) as image:
-                pixels = self._transform(image.convert(self.mode))
-        except (UnidentifiedImageError, OSError) as error:
+            with Image.open(file) as opened:
+                image = opened.convert(self.mode)
+        except Exception as error:  # PIL's decoders, on bytes of any kind: OSError, ValueError, SyntaxError, ...
             raise ConfigError(f"{file}: cannot be read as an image: {error}") from error
-        return {"image": (pixels - MEAN) / STD, "label": label, "index": index}
+        return {"image": (self._transform(image) - MEAN) / STD, "label": label, "index": index}
 
     def fingerprint(self) -> str:
         files = ((os.path.relpath(file, self.root), os.path.getsize(file), label) for file, label in self.samples)
