@@ -86,8 +86,12 @@ def test_every_setting_is_free_honoured_or_refused():
 
 REFUSED = {
     "counters, accumulation": (["trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches=2 (there: 1)"),
+    "counters, accumulation by epoch": (
+        ["trainer.callbacks=[{class_path: GradientAccumulationScheduler, init_args: {scheduling: {4: 2}}}]"],
+        "another GradientAccumulationScheduler",
+    ),
     "counters, epochs": (["trainer.limit_train_batches=5"], "trainer.limit_train_batches=5"),
-    "counters, steps done": (["trainer.max_steps=3"], "is at step 4 already"),
+    "counters, steps done": (["trainer.max_steps=3"], "is already at step 4 of 3: raise trainer.max_steps"),
     "counters, a try": (["trainer.fast_dev_run=1"], "trainer.fast_dev_run"),
     "order, batches": (["trainer.overfit_batches=2"], "trainer.overfit_batches=2"),
     "order, batch size": (["data.batch_size=32"], "data.batch_size=32 (checkpoint: 64)"),

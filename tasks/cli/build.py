@@ -275,10 +275,9 @@ class TaskCLI(LightningCLI):
     def _check_continues(self, checkpoint: dict[str, Any], settings: dict[str, Any]) -> None:
         """Refuses settings with which a checkpoint cannot be trained on from."""
         source = self.choice.run or self.choice.checkpoint
-        if 0 < settings["max_steps"] < self.start_step:
-            raise ConfigError(
-                f"trainer.max_steps={settings['max_steps']}: {source} is at step {self.start_step} already"
-            )
+        steps, limit = self.start_step, settings["max_steps"]
+        if 0 < limit < steps:  # a job that is started again with less to do has not done its work
+            raise ConfigError(f"{source} is already at step {steps} of {limit}: raise trainer.max_steps")
         then = self.classes.flat(compose.renamed(checkpoint.get("config", {}), lambda _: None), str(source))
         changes = check_changes(then, self.settings, source)
         self.choice.note = "; ".join(filter(None, [self.choice.note, changes]))

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from hgrn2.config import ConfigError
-from tasks.cli.compose import at, flatten
+from tasks.cli.compose import at, flatten, listed
 
 # Where and for how long a run runs, and what it shows: the experiment stays the same.
 FREE = (
@@ -74,9 +74,16 @@ def check_changes(then: dict[str, Any], now: dict[str, Any], source: Any) -> str
             said.append(f"{key}={b} (was {a})")
         else:
             refused.append(f"{key}={b} (there: {a}): {reason}")
+    if _accumulates_by_epoch(then) != _accumulates_by_epoch(now):
+        refused.append(f"another GradientAccumulationScheduler: {REFUSED['trainer.accumulate_grad_batches']}")
     if refused:
         raise ConfigError(f"{source} cannot be continued with {'; '.join(refused)}. Put it back, or start a new run")
     return f"from here on: {', '.join(said)}" if said else ""
+
+
+def _accumulates_by_epoch(config: dict[str, Any]) -> list[Any]:
+    entries = [entry for entry in listed(at(config, "trainer.callbacks")) if isinstance(entry, dict)]
+    return [entry for entry in entries if str(entry.get("class_path")).endswith("GradientAccumulationScheduler")]
 
 
 def _among(key: str, patterns: tuple[str, ...]) -> bool:
