@@ -23,9 +23,9 @@ import triton
 from ops import OUT, milliseconds
 
 from hgrn2 import HGRN2Config, HGRN2Mixer
-from hgrn2.decode import GraphedStep
 from hgrn2.ops import hgrn2_step
-from hgrn2.ops.step import torch_step
+from hgrn2.ops.decode.graph import GraphedStep
+from hgrn2.ops.decode.step import torch_step
 from tasks.lm.model import LanguageModel
 
 DEPTH, WIDTH, DIM = 24, 2048, 128

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from hgrn2.layers import GLU, DropPath, RMSNorm
-from hgrn2.ops import tiles
+from hgrn2.ops.decode.matvec import early_start, matvec, matvec_supported
+from hgrn2.ops.decode.step import run_step, step_supported
 from hgrn2.ops.gates import ACTIVATIONS
-from hgrn2.ops.matvec import early_start, matvec, matvec_supported
-from hgrn2.ops.step import run_step, step_supported
+from hgrn2.ops.launch import INTERPRET
 
 _GATES = {nn.Identity: None, nn.SiLU: "silu", nn.Sigmoid: "sigmoid"}
 
@@ -129,7 +129,7 @@ def _linear(module: nn.Linear, x: Tensor, norm: nn.Module | None = None, **optio
 
 
 def _early(x: Tensor) -> bool:
-    return not tiles.INTERPRET and early_start(x.device.index)
+    return not INTERPRET and early_start(x.device.index)
 
 
 def _norm(norm: nn.Module) -> tuple | None:

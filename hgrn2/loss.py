@@ -103,7 +103,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _softmax(logits: Tensor, target: Tensor, losses: Tensor, grad_dtype: torch.dtype | None) -> Tensor | None:
     """Writes the losses `[C]` of logits `[C, V]`; returns the logits' gradient in `grad_dtype`, unless that is None."""
-    if triton is not None and (logits.is_cuda or launch.tiles.INTERPRET) and logits.dtype == torch.float32:
+    if triton is not None and (logits.is_cuda or launch.INTERPRET) and logits.dtype == torch.float32:
         grad = None if grad_dtype is None else torch.empty_like(logits, dtype=grad_dtype)
         vocab = triton.next_power_of_2(logits.shape[1])
         block = vocab if vocab <= _WHOLE else 8192

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hgrn2 import ConfigError, HGRN2Backbone, HGRN2Config, HGRN2Mixer
-from hgrn2.decode import GraphedStep
+from hgrn2.ops.decode.graph import GraphedStep
 from tasks.lm.model import LanguageModel
 from tasks.vision.model import ImageClassifier
 

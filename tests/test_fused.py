@@ -24,8 +24,8 @@ else:
     from hgrn2 import HGRN2Config, HGRN2Mixer
     from hgrn2.backbone import Block
     from hgrn2.fused import fused_glu_step, fused_mixer_step
+    from hgrn2.ops.decode.matvec import matvec
     from hgrn2.ops.gates import ACTIVATIONS, activate
-    from hgrn2.ops.matvec import matvec
 
     @pytest.mark.parametrize("norm", [None, "rms", "layer"])
     @pytest.mark.parametrize("shape", [(1, 64, 128), (2, 100, 45), (2, 768, 5), (1, 1, 3), (2, 5000, 7)])

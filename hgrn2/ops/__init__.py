@@ -6,12 +6,12 @@ Shapes: B batch, T time, H heads, K = V head dim (`expand_ratio`), N documents.
 import torch
 from torch import Tensor
 
-from hgrn2.ops.chunked import chunked_scan
+from hgrn2.ops.chunk.op import triton_scan, triton_supported
+from hgrn2.ops.decode.step import step_supported, torch_step, triton_step
 from hgrn2.ops.gates import ACTIVATIONS
-from hgrn2.ops.library import triton_scan, triton_supported
+from hgrn2.ops.lane.op import lane_scan
 from hgrn2.ops.reference import compute_dtype, recurrent_scan
-from hgrn2.ops.scan_library import lane_scan
-from hgrn2.ops.step import step_supported, torch_step, triton_step
+from hgrn2.ops.torch_form import chunked_scan
 
 IMPLS = ("auto", "reference", "torch", "triton")
 DIRECTIONS = ("forward", "reverse", "both")

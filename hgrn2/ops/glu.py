@@ -51,7 +51,7 @@ def glu(packed: Tensor, act: str | None) -> Tensor:
 
 
 def _runs_triton(packed: Tensor) -> bool:
-    on_device = packed.is_cuda or (launch.tiles.INTERPRET and packed.device.type == "cpu")
+    on_device = packed.is_cuda or (launch.INTERPRET and packed.device.type == "cpu")
     return triton is not None and on_device and packed.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 

@@ -6,13 +6,18 @@ The first call of a kind goes through Triton with tensors; later ones start the 
 import contextlib
 import functools
 import operator
+import os
 import warnings
 
 import torch
 from torch import Tensor
 
-from hgrn2.ops import tiles
 from hgrn2.ops.gates import triton
+
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+# of the chunked scan; and of states that a lane holds in registers
+HEAD_DIMS = (16, 32, 64, 128, 256)
+SMALL_HEAD_DIMS = (1, 2, 4, 8)
 
 _compiled = {}
 # kinds of launches that took more of some resource than the device has
@@ -25,7 +30,7 @@ FUSED = {"enable_fp_fusion": True}
 
 def kinds(tensors: tuple[Tensor | None, ...]) -> tuple:
     """What Triton compiles different code for in the tensors of a call: absence, dtype, alignment, kinds of strides."""
-    found = [0 if tiles.INTERPRET else torch.cuda.current_device()]
+    found = [0 if INTERPRET else torch.cuda.current_device()]
     for x in tensors:
         if x is None:
             found.append(None)
@@ -87,7 +92,7 @@ class Plan:
         found = []
         for programs, options, values in choices:
             rest = tuple(values[name] for name in names[count:])
-            found.append((programs, options, rest, None if tiles.INTERPRET else self._kind(kernel, options, rest)))
+            found.append((programs, options, rest, None if INTERPRET else self._kind(kernel, options, rest)))
         self.steps.append((kernel, pointers, found))
 
     def run(self, tensors: dict[str, Tensor | None], *buffers: tuple[Slots, Tensor]) -> None:
@@ -116,7 +121,7 @@ class Plan:
 
     def _resolve(self) -> bool:
         """Take the kernels that other plans have compiled, if those are all."""
-        if tiles.INTERPRET:
+        if INTERPRET:
             return False
         launches = []
         for _, pointers, choices in self.steps:
@@ -131,7 +136,7 @@ class Plan:
     def _compile(self, tensors: dict[str, Tensor | None]) -> None:
         for kernel, pointers, choices in self.steps:
             found, kind = _launch_first(kernel, _untried(choices), [tensors[name] for name in pointers])
-            if not tiles.INTERPRET:
+            if not INTERPRET:
                 _compiled[kind] = found.run, found.function, found.packed_metadata
 
 
@@ -159,6 +164,25 @@ def _say_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def with_buffer(like: Tensor, slots: Slots) -> tuple[Slots, Tensor]:
+    return slots, like.new_empty(slots.size, dtype=torch.uint8)
+
+
+def signature(q: Tensor, *tensors: Tensor | None) -> tuple:
+    """What a plan depends on in its tensors; where all are aligned, as nearly always, quickly."""
+    bits = q.data_ptr()
+    for x in tensors:
+        if x is not None:
+            bits |= x.data_ptr()
+    aligned = bits % 16 == 0 or tuple(x is not None and x.data_ptr() % 16 == 0 for x in (q, *tensors))
+    return q.dtype, q.get_device(), q.shape, aligned, q.stride(), *(x if x is None else x.stride() for x in tensors)
+
+
 class Plans(dict):
     """Plans by call; forgets all of them when there are too many."""
 
@@ -175,6 +199,17 @@ def on_device(x: torch.Tensor):
     return torch.cuda.device(x.device)
 
 
+def on_its_device(run):
+    """Launch on the device of the first argument, whichever is current."""
+
+    @functools.wraps(run)
+    def guarded(x, *args, **options):
+        with on_device(x):
+            return run(x, *args, **options)
+
+    return guarded
+
+
 def launch(kernel, programs: int, args: tuple, constants: dict, warps: int, key: tuple, pdl: bool = False) -> None:
     """Run `programs` programs of a jitted kernel; args come first in its signature, constants after them.
 
@@ -182,7 +217,7 @@ def launch(kernel, programs: int, args: tuple, constants: dict, warps: int, key:
     ones that the kernel does not specialise on, below 2^31. pdl: programmatic dependent launch: the kernel may start
     before its predecessor ends, and must wait in its own code.
     """
-    if tiles.INTERPRET:
+    if INTERPRET:
         kernel[(programs,)](*args, **constants, num_warps=warps, **FUSED)
         return
     key = (id(kernel), warps, pdl, key, *constants.values())

@@ -15,8 +15,8 @@ from collections.abc import Callable
 
 import torch
 
-from hgrn2.ops.chunked import chunked_scan
-from hgrn2.ops.tiles import SMALL_HEAD_DIMS
+from hgrn2.ops.launch import SMALL_HEAD_DIMS
+from hgrn2.ops.torch_form import chunked_scan
 
 # relative 2-norm errors, well above those of correct kernels (see tests/ops/test_chunk_gpu.py)
 _LIMITS = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
@@ -31,7 +31,7 @@ def cache_folder() -> pathlib.Path:
 @functools.cache
 def _code_version() -> str:
     digest = hashlib.sha256()
-    for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
+    for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -84,8 +84,8 @@ def _torch_form(q, f, v, lower_bound, direction: str, **options) -> tuple[torch.
 
 
 def _run(index: int, dim: int, dtype: torch.dtype, lower_bound: bool, direction: str, q_act, v_act) -> str | None:
-    from hgrn2.ops.library import triton_scan
-    from hgrn2.ops.scan_library import lane_scan
+    from hgrn2.ops.chunk.op import triton_scan
+    from hgrn2.ops.lane.op import lane_scan
 
     device = torch.device("cuda", index)
     generator = torch.Generator(device).manual_seed(0)

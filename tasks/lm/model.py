@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hgrn2 import ConfigError, HGRN2Backbone, HGRN2Config
-from hgrn2.decode import GraphedStep
+from hgrn2.ops.decode.graph import GraphedStep
 
 
 class LanguageModel(nn.Module):

@@ -42,16 +42,14 @@ LARGE = {"state0", "out", "value_grad", "grad", "safe_grad", "pair_out", "pair_v
 def variants(dim: int, dtype: torch.dtype, shared: int):
     """(label, kernel, constants, absent arguments, options) of all kernels of one row of the table of tiles, on a chip
     with `shared` bytes of shared memory a program."""
-    from hgrn2.ops import (
-        chunk_bwd,
-        chunk_factors,
-        chunk_fwd,
-        chunk_pair,
-        chunk_pair_grad,
-        chunk_safe,
-        chunk_safe_bwd,
-        tiles,
-    )
+    from hgrn2.ops.chunk import backward as chunk_bwd
+    from hgrn2.ops.chunk import factors as chunk_factors
+    from hgrn2.ops.chunk import forward as chunk_fwd
+    from hgrn2.ops.chunk import pair_backward as chunk_pair_grad
+    from hgrn2.ops.chunk import pair_forward as chunk_pair
+    from hgrn2.ops.chunk import safe_backward as chunk_safe_bwd
+    from hgrn2.ops.chunk import safe_forward as chunk_safe
+    from hgrn2.ops.chunk import tiles
     from hgrn2.ops.gates import activation_code
 
     cfg = tiles.tiles_for(dim, dtype)

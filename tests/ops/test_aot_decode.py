@@ -11,7 +11,7 @@ from test_aot import OTHERS, SHARED, compile_for, compiled_apart, report_on
 
 def variants(capability: int):
     """(label, kernel, constants, absent arguments, options): every head dim, and each tile of a 2048-wide layer."""
-    from hgrn2.ops import matvec, step
+    from hgrn2.ops.decode import matvec, step
 
     early = capability >= 90
     for dim in (1, 2, 4, 8, 16, 32, 64, 128, 256):

@@ -11,7 +11,9 @@ from test_aot import OTHERS, SHARED, compile_for, compiled_apart, record, report
 
 def variants(dim: int, fp32: bool = True):
     """(label, kernel, dtype, constants, absent, options): both directions at once, from and to other segments."""
-    from hgrn2.ops import scan, scan_bwd, scan_fwd
+    from hgrn2.ops.lane import backward as scan_bwd
+    from hgrn2.ops.lane import forward as scan_fwd
+    from hgrn2.ops.lane import host as scan
 
     common = dict(
         K=scan._KEYS[dim], V=dim, LANES=scan._LANES, UNROLL=scan._UNROLL[dim][0], FLIP=False, BOTH=True,

@@ -24,7 +24,7 @@ def draw(batch=1, time=150, heads=2, dim=64, dtype=BF16, mean=0.0, spread=1.0, r
 
 
 def triton_scan(*args, fast_limit=None, **options):
-    from hgrn2.ops.library import triton_scan
+    from hgrn2.ops.chunk.op import triton_scan
 
     return triton_scan(*args, fast_limit=fast_limit, **options)
 
@@ -142,7 +142,7 @@ def test_grid(direction, dim, size):
 @pytest.mark.parametrize("dim", [32, 128])
 def test_grids_are_not_copied(dim):
     """Beside results and the buffers of the kernels nothing as large as q is allocated."""
-    from hgrn2.ops.directions import layout
+    from hgrn2.ops.chunk.directions import layout
 
     q, f, v = torch.randn(2, 64, 64, 3, 4, dim, device="cuda").to(BF16).unbind(3)
     hgrn2_scan_2d(q, f, v, impl="triton")
@@ -156,7 +156,7 @@ def test_grids_are_not_copied(dim):
 
 
 def test_both_kinds_of_scores_run():
-    from hgrn2.ops import chunk
+    from hgrn2.ops.chunk import host as chunk
 
     for mean, safe in ((-8.0, 1), (2.0, 0)):
         q, f, v, gamma, _ = draw(time=256, mean=mean)
@@ -226,7 +226,11 @@ def test_compile_checkpoint_and_graphs():
 
 
 def test_nothing_recompiles_for_other_batches_and_lengths():
-    from hgrn2.ops import chunk_bwd, chunk_factors, chunk_fwd, chunk_safe, chunk_safe_bwd
+    from hgrn2.ops.chunk import backward as chunk_bwd
+    from hgrn2.ops.chunk import factors as chunk_factors
+    from hgrn2.ops.chunk import forward as chunk_fwd
+    from hgrn2.ops.chunk import safe_backward as chunk_safe_bwd
+    from hgrn2.ops.chunk import safe_forward as chunk_safe
 
     kernels = (
         chunk_factors.chunk_factor_kernel,

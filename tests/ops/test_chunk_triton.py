@@ -25,8 +25,12 @@ else:
 
     from hgrn2.config import HGRN2Config
     from hgrn2.mixer import HGRN2Mixer
-    from hgrn2.ops import call, chunk, hgrn2_scan, pair, tiles
-    from hgrn2.ops.library import triton_scan
+    from hgrn2.ops import hgrn2_scan
+    from hgrn2.ops.chunk import host as chunk
+    from hgrn2.ops.chunk import pair_host as pair
+    from hgrn2.ops.chunk import plan as call
+    from hgrn2.ops.chunk import tiles
+    from hgrn2.ops.chunk.op import triton_scan
     from hgrn2.ops.reference import recurrent_scan
 
     NAMES = ("q", "f", "v", "lower_bound", "initial_state")

@@ -45,7 +45,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     def test_a_step_counts():
         q, state = torch.randn(2, 3, 8), torch.zeros(2, 3, 8, 8)
-        from hgrn2.ops.step import triton_step
+        from hgrn2.ops.decode.step import triton_step
 
         with FlopCounterMode(display=False) as counted:
             triton_step(q, q, q, state, None, None, None)

@@ -21,10 +21,13 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 else:
     from hgrn2.config import HGRN2Config
     from hgrn2.mixer import HGRN2Mixer
-    from hgrn2.ops import call, grid_scan, hgrn2_scan, hgrn2_scan_2d, pair, tiles
-    from hgrn2.ops.directions import DIRECTIONS
+    from hgrn2.ops import grid_scan, hgrn2_scan, hgrn2_scan_2d
+    from hgrn2.ops.chunk import pair_host as pair
+    from hgrn2.ops.chunk import plan as call
+    from hgrn2.ops.chunk import tiles
+    from hgrn2.ops.chunk.op import triton_scan
     from hgrn2.ops.launch import Plan
-    from hgrn2.ops.library import triton_scan
+    from hgrn2.ops.sequences import DIRECTIONS
 
     ACTS = dict(q_act="silu", v_act="sigmoid")
 

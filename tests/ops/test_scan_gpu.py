@@ -177,7 +177,8 @@ def test_compile_checkpoint_and_graphs():
 
 
 def test_nothing_recompiles_for_other_batches_and_lengths():
-    from hgrn2.ops import scan_bwd, scan_fwd
+    from hgrn2.ops.lane import backward as scan_bwd
+    from hgrn2.ops.lane import forward as scan_fwd
 
     kernels = (
         scan_fwd.scan_segment_kernel, scan_fwd.scan_carry_kernel, scan_fwd.scan_out_kernel, scan_bwd.scan_grad_kernel,

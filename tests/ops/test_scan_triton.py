@@ -21,7 +21,8 @@ else:
     from hypothesis import given, settings
     from hypothesis import strategies as st
 
-    from hgrn2.ops import hgrn2_scan, hgrn2_scan_2d, scan
+    from hgrn2.ops import hgrn2_scan, hgrn2_scan_2d
+    from hgrn2.ops.lane import host as scan
 
     NAMES = ("q", "f", "v", "lower_bound", "initial_state")
 

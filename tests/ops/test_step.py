@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hgrn2.ops import hgrn2_step
+from hgrn2.ops.decode.step import DTYPES, torch_step, triton_step
 from hgrn2.ops.gates import ACTIVATIONS, triton
 from hgrn2.ops.reference import recurrent_scan
-from hgrn2.ops.step import DTYPES, torch_step, triton_step
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1" and triton is not None
 DIMS = tuple(2**i for i in range(9))

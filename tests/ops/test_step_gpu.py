@@ -8,9 +8,10 @@ import torch.nn.functional as F
 
 from hgrn2 import HGRN2Backbone, HGRN2Config, HGRN2Mixer, fused
 from hgrn2.backbone import Block
-from hgrn2.decode import GraphedStep
-from hgrn2.ops import hgrn2_scan, hgrn2_step, matvec
-from hgrn2.ops.step import step_supported, torch_step
+from hgrn2.ops import hgrn2_scan, hgrn2_step
+from hgrn2.ops.decode import matvec
+from hgrn2.ops.decode.graph import GraphedStep
+from hgrn2.ops.decode.step import step_supported, torch_step
 from tasks.lm.model import LanguageModel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -11,12 +11,13 @@ import torch
 pytest.importorskip("triton")
 import triton
 
-from hgrn2.ops import launch, tiles
+from hgrn2.ops import launch
+from hgrn2.ops.chunk import tiles
 
 KIB = 1024
 
 
-@pytest.mark.parametrize("dim", tiles.HEAD_DIMS)
+@pytest.mark.parametrize("dim", launch.HEAD_DIMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_large_chips_take_the_table_and_others_what_fits(dim, dtype):
     for cut in (tiles.tiles_for(dim, dtype), tiles.pair(tiles.tiles_for(dim, dtype))):
@@ -60,7 +61,7 @@ class Kernel:
 
 @pytest.fixture
 def fresh(monkeypatch):
-    monkeypatch.setattr(launch.tiles, "INTERPRET", False)
+    monkeypatch.setattr(launch, "INTERPRET", False)
     monkeypatch.setattr(launch, "_compiled", {})
     monkeypatch.setattr(launch, "_too_large", set())
     launch._say_once.cache_clear()

@@ -1,6 +1,6 @@
 """The backward of the chunked scan in Triton: gradients of v, q and f of one chunk from the states on both its sides.
 
-Shapes and the factors qx, kx and scale as in `chunk_common`. S is the state entering the chunk, dS the gradient of the
+Shapes and the factors qx, kx and scale as in `common`. S is the state entering the chunk, dS the gradient of the
 one leaving it; A the scores, dA = do v^T. In terms of the factors, "intra" over pairs i > j:
 
     dv  = kx (scale dS) + A^T do
@@ -17,7 +17,7 @@ made of the same rounded factors. The diagonal has no decay and is left out of b
 import triton
 import triton.language as tl
 
-from hgrn2.ops.chunk_common import finite, load_mask, locate, masked_sum, product, row_masks, to_accumulator
+from hgrn2.ops.chunk.common import finite, load_mask, locate, masked_sum, product, row_masks, to_accumulator
 from hgrn2.ops.gates import activate_grad_tile, activate_tile, exact_reciprocal, fast_reciprocal, gate_tile
 
 

@@ -31,7 +31,7 @@ from hgrn2.ops.gates import _INTERPRET, exact_exp2, fast_exp2, round_tf32
 # the factors then stay inside the range of fp32 and bf16, with room for q; fp32 inputs keep more digits of the exponent
 FAST_LIMIT = 110.0
 FAST_LIMIT_FP32 = 12.0
-# of two scans at once the one back has its large factors in q 2^-E (see `chunk_pair`), and q has no bound as k has
+# of two scans at once the one back has its large factors in q 2^-E (see `pair_forward`), and q has no bound as k has
 FAST_LIMIT_PAIR = 100.0
 # half a block of 16 tokens then sums to at most 110 either way
 BLOCK_LIMIT = tl.constexpr(13.75)

@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-# those after "both" are for grids; "rows" and "columns" run both ways along one axis
-DIRECTIONS = ("forward", "reverse", "both", "2d", "rows", "columns")
+from hgrn2.ops.sequences import gradients
+
 # of each the scans, those in opposite directions as one: (along columns, whether to reverse or "both")
 SCANS = {
     "forward": ((False, False),),
@@ -31,8 +31,8 @@ def _lines(columns: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
 def layout(shape, dtype, direction: str, packed: int | None, keep: bool, exact: bool) -> tuple[list, list]:
     """Chunks of each of the `SCANS` (`packed` where documents make them), and where its buffer begins in that of the
     call; the latter list ends with the size of the whole."""
-    from hgrn2.ops.call import saved_slots  # needs Triton
-    from hgrn2.ops.chunk import count_chunks
+    from hgrn2.ops.chunk.host import count_chunks
+    from hgrn2.ops.chunk.plan import saved_slots  # needs Triton
 
     *sizes, heads, dim = shape
     chunks, begins, end = [], [], 0
@@ -53,7 +53,8 @@ _layout = functools.lru_cache(512)(layout)
 def forward(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, direction: str, output_final_state, q_act, v_act,
             fast_limit=None, keep=True, exact=False):  # fmt: skip
     """As `chunk.forward`; of several scans the buffer is that of all, one after the other."""
-    from hgrn2.ops import chunk, pair
+    from hgrn2.ops.chunk import host as chunk
+    from hgrn2.ops.chunk import pair_host as pair
 
     scans = SCANS[direction]
     if scans[0][1] != "both":
@@ -81,7 +82,8 @@ def backward(do, d_final, q, f, v, lower_bound, lengths, buffer, table, directio
 
     packed: where q, f and v are slots of one packed projection, their gradients are slots of one tensor, too.
     """
-    from hgrn2.ops import chunk, pair
+    from hgrn2.ops.chunk import host as chunk
+    from hgrn2.ops.chunk import pair_host as pair
 
     grads, scans = gradients(q, f, v, packed), SCANS[direction]
     rest = (lower_bound, lengths)
@@ -98,32 +100,3 @@ def backward(do, d_final, q, f, v, lower_bound, lengths, buffer, table, directio
         share = pair.backward(*inputs, *rest, part, table, q_act, v_act, lower_bound_grad, out, i > 0)
         bound = share if bound is None else bound + share
     return *grads, bound, None
-
-
-@functools.lru_cache(1024)
-def _is_slot(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether `[..., H, K]` is laid out as a slot of a packed `[..., 3, H, K]`."""
-    *sizes, heads, dim = shape
-    want, step = (dim, 1), 3 * heads * dim
-    for size in sizes[::-1]:
-        want, step = (step, *want), step * size
-    return all(size == 1 or stride == w for size, stride, w in zip(shape, strides, want, strict=True))
-
-
-def _packed_order(q: Tensor, f: Tensor, v: Tensor) -> tuple[int, int, int] | None:
-    """Which slots of one packed `[..., 3, H, K]` q, f and v are, or None."""
-    if not all(_is_slot(x.shape, x.stride()) for x in (q, f, v)):
-        return None
-    row = q.shape[-2] * q.shape[-1] * q.element_size()
-    at = [x.data_ptr() for x in (q, f, v)]
-    order = tuple((a - min(at)) // row if (a - min(at)) % row == 0 else -1 for a in at)
-    return order if sorted(order) == [0, 1, 2] else None
-
-
-def gradients(q: Tensor, f: Tensor, v: Tensor, packed: bool) -> tuple[Tensor, ...]:
-    """Room for dq, df and dv; `packed`: slots of one tensor, where q, f and v are slots of one."""
-    order = _packed_order(q, f, v) if packed else None
-    if order is None:
-        return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
-    parts = q.new_empty(*q.shape[:-2], 3, *q.shape[-2:]).unbind(-3)
-    return tuple(parts[i] for i in order)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from hgrn2.ops.chunk_common import decay, locate, rounded
+from hgrn2.ops.chunk.common import decay, locate, rounded
 from hgrn2.ops.gates import activate_tile, gate_tile
 
 

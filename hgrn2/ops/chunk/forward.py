@@ -1,6 +1,6 @@
 """The chunked scan in Triton: chunk states (forward and backward in time) and outputs.
 
-Shapes, the factors qx, kx and scale as in `chunk_common`. Per chunk, with S_0 entering it:
+Shapes, the factors qx, kx and scale as in `common`. Per chunk, with S_0 entering it:
 
     S_C = 2^total S_0 + scale kx^T v                  `chunk_state_kernel`: sequential, one tile of the state a program
     o   = qx S_0 + A v,  A = mask(qx kx^T) or safe    `chunk_out_kernel`: all chunks in parallel
@@ -11,7 +11,7 @@ The gradient dS of the state goes the same way backwards in time, dS_0 = 2^total
 import triton
 import triton.language as tl
 
-from hgrn2.ops.chunk_common import decay, locate, product, row_masks
+from hgrn2.ops.chunk.common import decay, locate, product, row_masks
 from hgrn2.ops.gates import activate_tile
 
 

@@ -1,18 +1,18 @@
-"""Host side of the chunked Triton scan: plans, allocates, launches. Shapes as in `chunk_common`.
+"""Host side of the chunked Triton scan: plans, allocates, launches. Shapes as in `common`.
 
 Tensors are `[B, T, H, K]`, or `[B, P, T, H, K]` with any strides over B, P and T (see `directions`).
 """
 
-import functools
 import math
 
 import torch
 from torch import Tensor
 from triton import cdiv
 
-from hgrn2.ops import tiles
-from hgrn2.ops.call import Call, saved_slots
-from hgrn2.ops.launch import Plans, Slots, on_device
+from hgrn2.ops.chunk import tiles
+from hgrn2.ops.chunk.plan import Call, saved_slots
+from hgrn2.ops.launch import Plans, on_its_device, signature, with_buffer
+from hgrn2.ops.sequences import document_table
 
 _forward_plans, _backward_plans = Plans(), Plans()
 
@@ -21,23 +21,6 @@ def count_chunks(batch: int, time: int, dim: int, dtype: torch.dtype, documents:
     """Chunks in all; for packed documents an upper bound that needs no look at the device."""
     chunk = tiles.tiles_for(dim, dtype).chunk
     return batch * cdiv(time, chunk) if documents is None else (time + documents * (chunk - 1)) // chunk
-
-
-def chunk_table(cu_seqlens: Tensor, n_chunks: int, chunk: int, reverse: bool) -> Tensor:
-    """`[NC, 4]` int32, made on the device: document, first token, rows (0: unused) and flags (1 first, 2 last)."""
-    start, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    per_doc = (end - start + chunk - 1) // chunk
-    until = per_doc.cumsum(0)
-    c = torch.arange(n_chunks, device=cu_seqlens.device)
-    doc = torch.searchsorted(until, c, right=True)
-    used = doc < start.numel()
-    doc = doc.clamp(max=start.numel() - 1)
-    index = c - (until - per_doc)[doc]
-    done = index * chunk
-    rows = torch.where(used, (end[doc] - start[doc] - done).clamp(max=chunk), 0)
-    t0 = torch.where(used, end[doc] - 1 - done if reverse else start[doc] + done, 0)
-    flags = torch.where(used, (index == 0) + 2 * (index == per_doc[doc] - 1), 0)
-    return torch.stack([doc, t0, rows, flags], dim=1).to(torch.int32)
 
 
 def _boundary(like: Tensor, rows: int, other: Tensor | None, packed: bool) -> Tensor:
@@ -49,32 +32,7 @@ def _boundary(like: Tensor, rows: int, other: Tensor | None, packed: bool) -> Te
     return state
 
 
-def _scratch(like: Tensor, slots: Slots) -> tuple[Slots, Tensor]:
-    return slots, like.new_empty(slots.size, dtype=torch.uint8)
-
-
-def _signature(q: Tensor, *tensors: Tensor | None) -> tuple:
-    """What a plan depends on in its tensors; where all are aligned, as nearly always, quickly."""
-    bits = q.data_ptr()
-    for x in tensors:
-        if x is not None:
-            bits |= x.data_ptr()
-    aligned = bits % 16 == 0 or tuple(x is not None and x.data_ptr() % 16 == 0 for x in (q, *tensors))
-    return q.dtype, q.get_device(), q.shape, aligned, q.stride(), *(x if x is None else x.stride() for x in tensors)
-
-
-def _on_its_device(run):
-    """Launch on the device of the first argument, whichever is current."""
-
-    @functools.wraps(run)
-    def guarded(x, *args, **options):
-        with on_device(x):
-            return run(x, *args, **options)
-
-    return guarded
-
-
-@_on_its_device
+@on_its_device
 def forward(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, reverse, output_final_state, q_act, v_act,
             fast_limit=None, keep=True, exact=False):  # fmt: skip
     """Outputs shaped like v, the final state `[N, H, K, V]` or None, and what `backward` needs: buffer and table.
@@ -86,7 +44,7 @@ def forward(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, reverse, o
     o = v.new_empty(q.shape)
     documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     options = (documents, reverse, output_final_state, q_act, v_act, fast_limit, keep, exact)
-    key = (*_signature(q, f, v, lower_bound, initial_state, lengths, o), *options)
+    key = (*signature(q, f, v, lower_bound, initial_state, lengths, o), *options)
     found = _forward_plans.get(key)
     if found is None:
         n_chunks = count_chunks(batch, time, dim, q.dtype, documents)
@@ -105,18 +63,18 @@ def forward(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, reverse, o
     plan, slots, scratch, n_chunks, masks = found
     table = final = None
     if cu_seqlens is not None:
-        table = chunk_table(cu_seqlens, n_chunks, tiles.tiles_for(dim, q.dtype).chunk, reverse)
+        table = document_table(cu_seqlens, n_chunks, tiles.tiles_for(dim, q.dtype).chunk, reverse)
     if output_final_state:
         final = _boundary(q, batch if documents is None else documents, initial_state, table is not None)
     buffer = q.new_empty(slots.size, dtype=torch.uint8)
     tensors = dict(
         q=q, f=f, v=v, lb=lower_bound, init=initial_state, final=final, len=lengths, table=table, o=o, **masks
     )  # fmt: skip
-    plan.run(tensors, (slots, buffer), *((_scratch(q, scratch),) if scratch.of else ()))
+    plan.run(tensors, (slots, buffer), *((with_buffer(q, scratch),) if scratch.of else ()))
     return o, final, buffer, table
 
 
-@_on_its_device
+@on_its_device
 def backward(do, d_final, q, f, v, lower_bound, lengths, buffer, table, reverse, q_act, v_act, lower_bound_grad,
              initial_rows: int | None, grads):  # fmt: skip
     """Gradients of lower_bound and the initial state (`initial_rows`); None where not asked.
@@ -126,7 +84,7 @@ def backward(do, d_final, q, f, v, lower_bound, lengths, buffer, table, reverse,
     exact = initial_rows is not None
     dq, df, dv = grads
     options = (table is None, reverse, q_act, v_act, lower_bound_grad, exact, buffer.shape)
-    key = (*_signature(q, f, v, do, lower_bound, d_final, lengths, dq), *options)
+    key = (*signature(q, f, v, do, lower_bound, d_final, lengths, dq), *options)
     found = _backward_plans.get(key)
     if found is None:
         *lines, time, heads, dim = q.shape
@@ -157,5 +115,5 @@ def backward(do, d_final, q, f, v, lower_bound, lengths, buffer, table, reverse,
         q=q, f=f, v=v, do=do, lb=lower_bound, d_final=d_final, d_initial=d_initial, len=lengths, table=table,
         dq=dq, df=df, dv=dv, d_bound=d_bound, **masks,
     )  # fmt: skip
-    plan.run(tensors, (slots, buffer), _scratch(q, scratch))
+    plan.run(tensors, (slots, buffer), with_buffer(q, scratch))
     return d_bound, d_initial

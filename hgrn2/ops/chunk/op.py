@@ -7,38 +7,27 @@ Shapes: B batch, T time, H heads, K = V head dim, N sequences (B, or documents w
 """
 
 import functools
-import warnings
 
 import torch
 from torch import Tensor
 
-from hgrn2.ops import directions, tiles
-from hgrn2.ops.directions import DIRECTIONS
+from hgrn2.ops.chunk import directions, tiles
 from hgrn2.ops.gates import ACTIVATIONS, triton
-from hgrn2.ops.register import count_scan, is_traced, no_second_derivative, refuse_second_derivatives
+from hgrn2.ops.launch import HEAD_DIMS, INTERPRET, SMALL_HEAD_DIMS
+from hgrn2.ops.register import (
+    count_scan,
+    int32,
+    is_traced,
+    no_second_derivative,
+    refuse_second_derivatives,
+    register,
+    rows,
+    say_falls_back,
+    too_old,
+)
+from hgrn2.ops.sequences import DIRECTIONS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-_LIBRARY = torch.library.Library("hgrn2", "FRAGMENT")
-_LIBRARY.define(
-    "chunk_scan(Tensor q, Tensor f, Tensor v, Tensor? lower_bound, Tensor? initial_state, Tensor? lengths, "
-    "Tensor? cu_seqlens, int direction, bool output_final_state, int q_act, int v_act, float? fast_limit, "
-    "bool initial_grad) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-_LIBRARY.define(
-    "chunk_scan_backward(Tensor do, Tensor? d_final, Tensor q, Tensor f, Tensor v, Tensor? lower_bound, "
-    "Tensor? lengths, Tensor saved, Tensor table, int direction, int q_act, int v_act, bool lower_bound_grad, "
-    "int initial_rows) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x, copied only if its last dim is strided."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _int32(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.to(torch.int32).contiguous()
 
 
 def _scan(
@@ -46,7 +35,7 @@ def _scan(
     direction, output_final_state, q_act, v_act, fast_limit, initial_grad,
 ):  # fmt: skip
     o, final, saved, table = directions.forward(
-        _rows(q), _rows(f), _rows(v), lower_bound, initial_state, _int32(lengths), cu_seqlens,
+        rows(q), rows(f), rows(v), lower_bound, initial_state, int32(lengths), cu_seqlens,
         DIRECTIONS[direction], output_final_state, q_act, v_act, fast_limit, exact=initial_grad,
     )  # fmt: skip
     final = q.new_empty(0, dtype=torch.float32) if final is None else final
@@ -57,14 +46,14 @@ def _scan_fake(
     q, f, v, lower_bound, initial_state, lengths, cu_seqlens,
     direction, output_final_state, q_act, v_act, fast_limit, initial_grad,
 ):  # fmt: skip
-    from hgrn2.ops.chunk import count_chunks
+    from hgrn2.ops.chunk.host import count_chunks
 
     heads, dim = q.shape[-2:]
     documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     packed = None if documents is None else count_chunks(1, q.shape[1], dim, q.dtype, documents)
     chunks, at = directions.layout(q.shape, q.dtype, DIRECTIONS[direction], packed, True, initial_grad)
-    rows = q.shape[0] if documents is None else documents
-    final = q.new_empty((rows, heads, dim, dim) if output_final_state else (0,), dtype=torch.float32)
+    states = q.shape[0] if documents is None else documents
+    final = q.new_empty((states, heads, dim, dim) if output_final_state else (0,), dtype=torch.float32)
     table = q.new_empty((0 if documents is None else chunks[0], 4), dtype=torch.int32)
     return q.new_empty(q.shape), final, q.new_empty(at[-1], dtype=torch.uint8), table
 
@@ -75,7 +64,7 @@ def _scan_backward(
 ):  # fmt: skip
     d_final = None if d_final is None else d_final.contiguous()
     dq, df, dv, d_bound, d_initial = directions.backward(
-        _rows(do), d_final, _rows(q), _rows(f), _rows(v), lower_bound, _int32(lengths), saved,
+        rows(do), d_final, rows(q), rows(f), rows(v), lower_bound, int32(lengths), saved,
         table if table.shape[0] else None, DIRECTIONS[direction], q_act, v_act, lower_bound_grad,
         initial_rows if initial_rows >= 0 else None,
     )  # fmt: skip
@@ -126,9 +115,9 @@ class _Eager(torch.autograd.Function):
         ctx, q, f, v, lower_bound, initial_state, lengths, cu_seqlens,
         direction, output_final_state, q_act, v_act, fast_limit,
     ):  # fmt: skip
-        lengths = _int32(lengths)
+        lengths = int32(lengths)
         o, final, saved, table = directions.forward(
-            _rows(q), _rows(f), _rows(v), lower_bound, initial_state, lengths, cu_seqlens, DIRECTIONS[direction],
+            rows(q), rows(f), rows(v), lower_bound, initial_state, lengths, cu_seqlens, DIRECTIONS[direction],
             output_final_state, q_act, v_act, fast_limit, any(ctx.needs_input_grad), ctx.needs_input_grad[4],
         )  # fmt: skip
         ctx.set_materialize_grads(False)
@@ -143,29 +132,28 @@ class _Eager(torch.autograd.Function):
         if do is None and d_final is None:
             return (None,) * 12
         q, f, v, lower_bound, lengths, saved, table = ctx.saved_tensors
-        do = torch.zeros_like(v) if do is None else _rows(do)
+        do = torch.zeros_like(v) if do is None else rows(do)
         d_final = None if d_final is None else d_final.contiguous()
         direction, *acts = ctx.options
         grads = directions.backward(
-            do, d_final, _rows(q), _rows(f), _rows(v), lower_bound, lengths, saved, table, DIRECTIONS[direction],
+            do, d_final, rows(q), rows(f), rows(v), lower_bound, lengths, saved, table, DIRECTIONS[direction],
             *acts, ctx.needs_input_grad[3], ctx.initial_rows, packed=True,
         )  # fmt: skip
         return *grads, *(None,) * 7
 
 
-def _no_vmap(*_):
-    raise NotImplementedError("hgrn2_scan has no vmap rule: fold the mapped dimension into the batch instead")
-
-
-for _device in ("CUDA", "CPU"):  # CPU tensors run under TRITON_INTERPRET=1
-    _LIBRARY.impl("chunk_scan", _scan, _device)
-    _LIBRARY.impl("chunk_scan_backward", _scan_backward, _device)
-torch.library.register_fake("hgrn2::chunk_scan", _scan_fake, lib=_LIBRARY)
-torch.library.register_fake("hgrn2::chunk_scan_backward", _scan_backward_fake, lib=_LIBRARY)
-torch.library.register_autograd("hgrn2::chunk_scan", _differentiate, setup_context=_save, lib=_LIBRARY)
-torch.library.register_autograd("hgrn2::chunk_scan_backward", no_second_derivative, lib=_LIBRARY)
-torch.library.register_vmap("hgrn2::chunk_scan", _no_vmap, lib=_LIBRARY)
-torch.library.register_vmap("hgrn2::chunk_scan_backward", _no_vmap, lib=_LIBRARY)
+register(
+    "chunk_scan(Tensor q, Tensor f, Tensor v, Tensor? lower_bound, Tensor? initial_state, Tensor? lengths, "
+    "Tensor? cu_seqlens, int direction, bool output_final_state, int q_act, int v_act, float? fast_limit, "
+    "bool initial_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    _scan, _scan_fake, _differentiate, _save,
+)  # fmt: skip
+register(
+    "chunk_scan_backward(Tensor do, Tensor? d_final, Tensor q, Tensor f, Tensor v, Tensor? lower_bound, "
+    "Tensor? lengths, Tensor saved, Tensor table, int direction, int q_act, int v_act, bool lower_bound_grad, "
+    "int initial_rows) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _scan_backward, _scan_backward_fake, no_second_derivative,
+)  # fmt: skip
 count_scan(
     torch.ops.hgrn2.chunk_scan, torch.ops.hgrn2.chunk_scan_backward, lambda *kind: tiles.tiles_for(*kind).chunk
 )  # fmt: skip
@@ -179,10 +167,10 @@ def triton_supported(q: Tensor, device: torch.device | None = None, self_test: d
     device = q.device if device is None else device
     if triton is None:
         return "Triton is not installed"
-    if device.type != "cuda" and not (tiles.INTERPRET and device.type == "cpu"):
+    if device.type != "cuda" and not (INTERPRET and device.type == "cpu"):
         return f"Triton kernels need a CUDA device, not {device.type}"
     # a constant also where tracing has made the size symbolic
-    dims = tiles.SMALL_HEAD_DIMS + tiles.HEAD_DIMS
+    dims = SMALL_HEAD_DIMS + HEAD_DIMS
     dim = next((size for size in dims if q.shape[-1] == size), None)
     if dim is None:
         return f"no Triton kernel for head dim {q.shape[-1]}; there are {', '.join(map(str, dims))}"
@@ -201,16 +189,12 @@ def _checked(index: int, dim: int, dtype: torch.dtype, **self_test) -> str | Non
 
 @functools.cache
 def _checked_once(index: int, dim: int, dtype: torch.dtype, **self_test) -> str | None:
-    capability = torch.cuda.get_device_capability(index)
-    if capability < (8, 0):
-        return f"Triton kernels need compute capability 8.0, this device has {capability[0]}.{capability[1]}"
-    if not self_test:
-        return None
+    if (reason := too_old(index)) is not None or not self_test:
+        return reason
     from hgrn2.ops.selftest import run_self_test
 
     reason = run_self_test(index, dim, dtype, **self_test)
-    if reason is not None:
-        warnings.warn(f"hgrn2_scan falls back to the torch form: {reason}", RuntimeWarning, stacklevel=2)
+    say_falls_back("hgrn2_scan", reason)
     return reason
 
 
@@ -234,7 +218,7 @@ def triton_scan(
 
     direction: by default what `reverse` says. For q, f, v `[B, Y, X, H, K]`: "2d", the four scans of `hgrn2_scan_2d`,
     or "rows" or "columns", the two along X or along Y.
-    fast_limit: where chunks switch to safe scores (see `chunk_common`), for tests; negative sends all there.
+    fast_limit: where chunks switch to safe scores (see `common`), for tests; negative sends all there.
 
     Returns:
         o shaped and typed like q, and the final state `[N, H, K, V]` fp32, or None where not asked for.

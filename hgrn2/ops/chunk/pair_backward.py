@@ -1,10 +1,10 @@
-"""The gradients of q and f of both directions of the chunked scan at once, in fast chunks; see `chunk_pair`."""
+"""The gradients of q and f of both directions of the chunked scan at once, in fast chunks; see `pair_forward`."""
 
 import triton
 import triton.language as tl
 
-from hgrn2.ops.chunk_bwd import logit_gradient
-from hgrn2.ops.chunk_common import finite, load_mask, locate, masked_sum, product, row_masks, to_accumulator
+from hgrn2.ops.chunk.backward import logit_gradient
+from hgrn2.ops.chunk.common import finite, load_mask, locate, masked_sum, product, row_masks, to_accumulator
 from hgrn2.ops.gates import activate_grad_tile, activate_tile, exact_reciprocal, fast_reciprocal, gate_tile
 
 

@@ -1,7 +1,7 @@
 """Both directions of the chunked scan at once, as they share tokens, gates, and the sums of their outputs.
 
 Names that end in 2 are of the scan back, which runs from the last token to the first. Its chunks, rows and tables are
-those of the scan ahead; total and safe serve both. Where `chunk_common` has the sum G up to a token, here is the one
+those of the scan ahead; total and safe serve both. Where `common` has the sum G up to a token, here is the one
 before it, E = G - g, and fast chunks have their factors relative to the chunk's start, which that scan comes to last:
 
     qx2 = q 2^-E,  kx2 = k 2^E        (safe: q 2^(total - E), k 2^E)
@@ -12,14 +12,14 @@ right, are the ones that carry scale. The scores A of both lie in one matrix, wh
 
     o  = qx S_0 + qx2 S2_C + A v        dv = kx dS_C + kx2 dS2_0 + A^T do        dA = do v^T, on either side
 
-Shapes as in `chunk_common`.
+Shapes as in `common`.
 """
 
 import triton
 import triton.language as tl
 
-from hgrn2.ops.chunk_bwd import score_gradient
-from hgrn2.ops.chunk_common import decay, locate, product, rounded, row_masks
+from hgrn2.ops.chunk.backward import score_gradient
+from hgrn2.ops.chunk.common import decay, locate, product, rounded, row_masks
 from hgrn2.ops.gates import activate_grad_tile, activate_tile, gate_tile
 
 

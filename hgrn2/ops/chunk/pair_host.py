@@ -1,27 +1,28 @@
-"""Host side of both directions of the chunked scan in one plan; see `chunk_pair`. Tensors as in `chunk`."""
+"""Host side of both directions of the chunked scan in one plan; see `pair_forward`. Tensors as in `chunk`."""
 
 import math
 
 import torch
 from torch import Tensor
 
-from hgrn2.ops import tiles
-from hgrn2.ops.call import Call, saved_slots
-from hgrn2.ops.chunk import _on_its_device, _scratch, _signature, chunk_table, count_chunks
-from hgrn2.ops.chunk_common import FAST_LIMIT_FP32, FAST_LIMIT_PAIR
-from hgrn2.ops.chunk_pair import chunk_pair_factor_kernel, chunk_pair_out_kernel, chunk_pair_value_grad_kernel
-from hgrn2.ops.chunk_pair_grad import chunk_pair_grad_kernel
-from hgrn2.ops.launch import Plans
+from hgrn2.ops.chunk import tiles
+from hgrn2.ops.chunk.common import FAST_LIMIT_FP32, FAST_LIMIT_PAIR
+from hgrn2.ops.chunk.host import count_chunks
+from hgrn2.ops.chunk.pair_backward import chunk_pair_grad_kernel
+from hgrn2.ops.chunk.pair_forward import chunk_pair_factor_kernel, chunk_pair_out_kernel, chunk_pair_value_grad_kernel
+from hgrn2.ops.chunk.plan import Call, saved_slots
+from hgrn2.ops.launch import Plans, on_its_device, signature, with_buffer
+from hgrn2.ops.sequences import document_table
 
 _forward_plans, _backward_plans = Plans(), Plans()
 
 
-@_on_its_device
+@on_its_device
 def forward(q, f, v, lower_bound, lengths, cu_seqlens, q_act, v_act, fast_limit, keep, o, add, buffer) -> Tensor | None:
     """Write o, or add to it (`add`), and to `buffer` what `backward` needs beside the table that this returns."""
     *lines, time, heads, dim = q.shape
     documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    key = (*_signature(q, f, v, lower_bound, lengths, o), documents, q_act, v_act, fast_limit, keep, add)
+    key = (*signature(q, f, v, lower_bound, lengths, o), documents, q_act, v_act, fast_limit, keep, add)
     found = _forward_plans.get(key)
     if found is None:
         n_chunks = count_chunks(math.prod(lines), time, dim, q.dtype, documents)
@@ -41,18 +42,18 @@ def forward(q, f, v, lower_bound, lengths, cu_seqlens, q_act, v_act, fast_limit,
     plan, slots, scratch, n_chunks, masks = found
     table = None
     if cu_seqlens is not None:
-        table = chunk_table(cu_seqlens, n_chunks, tiles.tiles_for(dim, q.dtype).chunk, False)
+        table = document_table(cu_seqlens, n_chunks, tiles.tiles_for(dim, q.dtype).chunk, False)
     tensors = dict(q=q, f=f, v=v, lb=lower_bound, len=lengths, table=table, o=o, **masks)
-    plan.run(tensors, (slots, buffer), *((_scratch(q, scratch),) if scratch.of else ()))
+    plan.run(tensors, (slots, buffer), *((with_buffer(q, scratch),) if scratch.of else ()))
     return table
 
 
-@_on_its_device
+@on_its_device
 def backward(do, q, f, v, lower_bound, lengths, buffer, table, q_act, v_act, bound: bool, grads, add) -> Tensor | None:
     """Write dq, df and dv (`grads`), or add to them (`add`); returns the gradient of lower_bound if `bound`."""
     dq, df, dv = grads
     packed = table is not None
-    key = (*_signature(q, f, v, do, lower_bound, lengths, dq), packed, q_act, v_act, bound, add, buffer.shape)
+    key = (*signature(q, f, v, do, lower_bound, lengths, dq), packed, q_act, v_act, bound, add, buffer.shape)
     found = _backward_plans.get(key)
     if found is None:
         *lines, time, heads, dim = q.shape
@@ -77,5 +78,5 @@ def backward(do, q, f, v, lower_bound, lengths, buffer, table, q_act, v_act, bou
     tensors = dict(
         q=q, f=f, v=v, do=do, lb=lower_bound, len=lengths, table=table, dq=dq, df=df, dv=dv, d_bound=d_bound, **masks
     )  # fmt: skip
-    plan.run(tensors, (slots, buffer), _scratch(q, scratch))
+    plan.run(tensors, (slots, buffer), with_buffer(q, scratch))
     return d_bound

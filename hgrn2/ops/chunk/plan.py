@@ -1,6 +1,5 @@
-"""The launches of one scan of the chunked kernels, planned (see `launch`). Shapes as in `chunk_common`."""
+"""The launches of one scan of the chunked kernels, planned (see `launch`). Shapes as in `common`."""
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -8,15 +7,15 @@ import torch
 from torch import Tensor
 from triton import cdiv
 
-from hgrn2.ops import tiles
-from hgrn2.ops.chunk_bwd import chunk_grad_kernel, chunk_value_grad_kernel, row_sum_kernel
-from hgrn2.ops.chunk_common import FAST_LIMIT, FAST_LIMIT_FP32
-from hgrn2.ops.chunk_factors import chunk_factor_kernel
-from hgrn2.ops.chunk_fwd import carry_kernel, chunk_out_kernel, chunk_state_kernel
-from hgrn2.ops.chunk_safe import chunk_score_kernel
-from hgrn2.ops.chunk_safe_bwd import chunk_safe_grad_kernel
+from hgrn2.ops.chunk import tiles
+from hgrn2.ops.chunk.backward import chunk_grad_kernel, chunk_value_grad_kernel, row_sum_kernel
+from hgrn2.ops.chunk.common import FAST_LIMIT, FAST_LIMIT_FP32
+from hgrn2.ops.chunk.factors import chunk_factor_kernel
+from hgrn2.ops.chunk.forward import carry_kernel, chunk_out_kernel, chunk_state_kernel
+from hgrn2.ops.chunk.safe_backward import chunk_safe_grad_kernel
+from hgrn2.ops.chunk.safe_forward import chunk_score_kernel
 from hgrn2.ops.gates import activation_code
-from hgrn2.ops.launch import Plan, Slots, kinds
+from hgrn2.ops.launch import Plan, Slots, kinds, multiprocessors
 
 # how many programs a kernel takes, by its tile
 Programs = Callable[[tiles.Kernel], int]
@@ -26,18 +25,13 @@ _MIN_SPLIT = 16
 _SAFE_PROGRAMS = 16
 
 
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
 def saved_slots(
     n_chunks: int, heads: int, dim: int, dtype: torch.dtype, keep: bool, exact: bool, pair: bool = False
 ) -> Slots:
     """What the forward leaves in one buffer: for the backward if `keep`, for an initial state's gradient if `exact`.
 
-    pair: of both directions; names that end in 2 are of the scan back (see `chunk_pair`). ex2 is for safe chunks of two
-    halves alone: elsewhere it holds anything.
+    pair: of both directions; names that end in 2 are of the scan back (see `pair_forward`). ex2 is for safe chunks of
+    two halves alone: elsewhere it holds anything.
     """
     slots, chunk, product = Slots(), tiles.tiles_for(dim, dtype).chunk, tiles.product_dtype(dtype)
     factors = ["qx", "kx", *(["qx2", "kx2"] if pair else [])]

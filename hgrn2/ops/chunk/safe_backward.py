@@ -1,4 +1,4 @@
-"""The gradients of q and f of safe chunks in Triton, by halves of 32 tokens (see `chunk_safe` and `chunk_bwd`).
+"""The gradients of q and f of safe chunks in Triton, by halves of 32 tokens (see `safe_forward` and `chunk.backward`).
 
 Tiles are transposed, channels by tokens: see `transposed`. Sums of log2 lam are made within blocks of 16 tokens, up to
 each token and after it, and only ever added to: the level where the blocks meet takes them as they are, and over the
@@ -8,8 +8,8 @@ half the other block's whole sum comes in addition (as a factor of the decay whe
 import triton
 import triton.language as tl
 
-from hgrn2.ops.chunk_bwd import logit_gradient
-from hgrn2.ops.chunk_common import (
+from hgrn2.ops.chunk.backward import logit_gradient
+from hgrn2.ops.chunk.common import (
     BLOCK_LIMIT,
     backwards,
     decay,
@@ -20,9 +20,8 @@ from hgrn2.ops.chunk_common import (
     rounded,
     settle,
 )
-from hgrn2.ops.chunk_safe import any_safe
-from hgrn2.ops.gates import activate_grad_tile, activate_tile
-from hgrn2.ops.transposed import (
+from hgrn2.ops.chunk.safe_forward import any_safe
+from hgrn2.ops.chunk.transposed import (
     BLOCK_AFTER,
     BLOCK_LATER,
     BLOCK_UP_TO,
@@ -37,6 +36,7 @@ from hgrn2.ops.transposed import (
     token_sum,
     transposed,
 )
+from hgrn2.ops.gates import activate_grad_tile, activate_tile
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def chunk_safe_grad_kernel(
 ):  # fmt: skip
     """`chunk_grad_kernel` for half a chunk, of safe ones among GROUP chunks and heads; dlb_ptr has to hold zeros.
 
-    PAIR: of two scans (see `chunk_pair`), if BACK the one back.
+    PAIR: of two scans (see `pair_forward`), if BACK the one back.
     """
     pid = tl.program_id(0)
     i_k = pid % (K // BK)

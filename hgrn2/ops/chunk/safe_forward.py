@@ -1,6 +1,6 @@
-"""The safe chunks of the scan in Triton (see `chunk_common`): their factors and scores.
+"""The safe chunks of the scan in Triton (see `common`): their factors and scores.
 
-This kernel and the one of `chunk_safe_bwd` work on halves of M = 32 tokens (all of a chunk of 32): tiles of 64 do not
+This kernel and the one of `safe_backward` work on halves of M = 32 tokens (all of a chunk of 32): tiles of 64 do not
 fit the registers. Levels and blocks within a half concern its tokens alone. At the top level, where the halves of a
 chunk of 64 meet, each token has one factor `x`, `k 2^(sum after it)` in the first half and `q 2^(sum up to it)` in the
 second; it is kept for the backward in place of ex, which safe chunks have no use for.
@@ -9,7 +9,7 @@ second; it is kept for the backward in place of ex, which safe chunks have no us
 import triton
 import triton.language as tl
 
-from hgrn2.ops.chunk_common import (
+from hgrn2.ops.chunk.common import (
     BLOCK_LIMIT,
     backwards,
     decay,
@@ -91,7 +91,7 @@ def chunk_score_kernel(
     """kx = k 2^R, x (not if keep is 0) and the scores `[NC, H, C, C]`, 0 above the diagonal, of the safe ones among
     GROUP chunks and heads.
 
-    BACK: of two scans the one back (see `chunk_pair`), whose scores are added to the other's. x keeps its own order.
+    BACK: of two scans the one back (see `pair_forward`), whose scores are added to the other's. x keeps its own order.
     """
     first = tl.program_id(0) * GROUP
     until = tl.minimum(first + GROUP, NC * H)

@@ -6,14 +6,10 @@ device has, the first smaller one that fits is taken. tests/ops/test_aot.py comp
 
 import dataclasses
 import functools
-import os
 
 import torch
 
-INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
-HEAD_DIMS = (16, 32, 64, 128, 256)
-# these have no tiles: see `scan`
-SMALL_HEAD_DIMS = (1, 2, 4, 8)
+from hgrn2.ops.launch import INTERPRET
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +93,7 @@ def tiles_for(head_dim: int, dtype: torch.dtype) -> Tiles:
 
 
 def arithmetic(dtype: torch.dtype) -> tuple[str, int, int]:
-    """PRECISION of products, SPLIT of decay sums and SUB, where safe scores stop to halve (see `chunk_common`)."""
+    """PRECISION of products, SPLIT of decay sums and SUB, where safe scores stop to halve (see `common`)."""
     if dtype == torch.bfloat16:
         return "bf16", 2, 4
     if INTERPRET:
@@ -142,7 +138,7 @@ def sum_masks(chunk: int, device: torch.device) -> torch.Tensor:
     """`[10 + 2 log2 C, C, C]` masks for sums over a chunk's tokens, rows by rows summed; 0 and 1 but for one.
 
     0: the token itself; 1: it and later ones; 2: earlier ones; then per halving level (smallest first) the tokens on
-    the way to the boundary (see `chunk_common`), and their transposes; within blocks of 16, it and later ones; half
+    the way to the boundary (see `common`), and their transposes; within blocks of 16, it and later ones; half
     the sum up to the token less half the sum after it; the tokens up to it, and those after it; last the transpose of
     those halves and, within blocks again, the tokens up to it, and earlier ones.
     """

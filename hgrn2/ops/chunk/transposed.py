@@ -9,7 +9,7 @@ one there at each product only if that is its one use, and keeps it in registers
 import triton
 import triton.language as tl
 
-from hgrn2.ops.chunk_common import finite
+from hgrn2.ops.chunk.common import finite
 from hgrn2.ops.gates import activate_tile, gate_tile
 
 # indices of `tiles.sum_masks` for 32 tokens, whose rows are what is summed here

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hgrn2.ops.decode.step import LIMITS
 from hgrn2.ops.gates import ACTIVATIONS, triton
 from hgrn2.ops.launch import kinds, launch
-from hgrn2.ops.step import LIMITS
 
 MAX_ROWS = 2  # measured on an H200: torch's products (tensor cores) are as fast from 4 rows on
 MAX_WIDTH = 8192

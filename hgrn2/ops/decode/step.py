@@ -5,16 +5,15 @@ so that no sum crosses programs; each state is read and written once.
 """
 
 import functools
-import warnings
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from hgrn2.ops import tiles
 from hgrn2.ops.gates import ACTIVATIONS, activate, forget_gate, triton, without_autocast
-from hgrn2.ops.launch import kinds, launch, on_device
-from hgrn2.ops.register import is_traced
+from hgrn2.ops.launch import HEAD_DIMS, SMALL_HEAD_DIMS, kinds, launch, on_device
+from hgrn2.ops.register import is_traced, register, say_falls_back, too_old
+from hgrn2.ops.register import rows as contiguous_rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # state elements a program: 32 a thread, in rows of 128 bytes for head dim 128
@@ -113,26 +112,14 @@ def run_step(
     return o
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _step(q, f, v, state, lower_bound, q_act: int, v_act: int) -> Tensor:
-    return run_step(_rows(q), _rows(f), _rows(v), state, lower_bound, q_act, v_act)
+    return run_step(contiguous_rows(q), contiguous_rows(f), contiguous_rows(v), state, lower_bound, q_act, v_act)
 
 
-def _no_vmap(*_):
-    raise NotImplementedError("hgrn2_step has no vmap rule: fold the mapped dimension into the batch instead")
-
-
-_LIBRARY = torch.library.Library("hgrn2", "FRAGMENT")
-_LIBRARY.define(
-    "step(Tensor q, Tensor f, Tensor v, Tensor(a!) state, Tensor? lower_bound, int q_act, int v_act) -> Tensor"
-)
-for _device in ("CUDA", "CPU"):  # CPU tensors run under TRITON_INTERPRET=1
-    _LIBRARY.impl("step", _step, _device)
-torch.library.register_fake("hgrn2::step", lambda q, *_: q.new_empty(q.shape), lib=_LIBRARY)
-torch.library.register_vmap("hgrn2::step", _no_vmap, lib=_LIBRARY)
+register(
+    "step(Tensor q, Tensor f, Tensor v, Tensor(a!) state, Tensor? lower_bound, int q_act, int v_act) -> Tensor",
+    _step, lambda q, *_: q.new_empty(q.shape), of="hgrn2_step",
+)  # fmt: skip
 register_flop_formula(torch.ops.hgrn2.step, get_raw=True)(lambda q, *_, **__: 4 * q.numel() * q.shape[-1])
 
 
@@ -158,9 +145,7 @@ def step_supported(
         return f"no Triton kernel for {q.dtype}"
     if not state.is_contiguous():
         return "the state is not contiguous"
-    dim = next(
-        (size for size in (*tiles.SMALL_HEAD_DIMS, *tiles.HEAD_DIMS) if q.shape[-1] == size), None
-    )  # a constant in tracing
+    dim = next((size for size in (*SMALL_HEAD_DIMS, *HEAD_DIMS) if q.shape[-1] == size), None)  # a constant in tracing
     return _checked(q.device.index, dim, q.dtype, lower_bound is not None, q_act, v_act)
 
 
@@ -171,14 +156,13 @@ def _checked(*case) -> str | None:
 
 @functools.cache
 def _checked_once(index: int, dim: int, dtype: torch.dtype, bounded: bool, q_act, v_act) -> str | None:
-    if torch.cuda.get_device_capability(index) < (8, 0):
-        return "Triton kernels need compute capability 8.0"
+    if (reason := too_old(index)) is not None:
+        return reason
     from hgrn2.ops.selftest import remembered
 
     case = ["step", dim, str(dtype), bounded, q_act, v_act]
     reason = remembered(index, case, lambda: _self_test(index, dim, dtype, bounded, q_act, v_act))
-    if reason is not None:
-        warnings.warn(f"hgrn2_step falls back to the torch form: {reason}", RuntimeWarning, stacklevel=2)
+    say_falls_back("hgrn2_step", reason)
     return reason
 
 

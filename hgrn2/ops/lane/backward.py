@@ -1,4 +1,4 @@
-"""The scan of small states in Triton, backward. Shapes and lanes as in `scan_common`.
+"""The scan of small states in Triton, backward. Shapes and lanes as in `common`.
 
 In the order of the scan, with S_t the states, C_t the gradient that reaches S_t from later tokens, and D_t that of S_t:
 
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from hgrn2.ops.gates import activate_grad_tile, decay_tile, exact_reciprocal, fast_reciprocal
-from hgrn2.ops.scan_common import (
+from hgrn2.ops.lane.common import (
     SIZES,
     activated,
     add_outer,

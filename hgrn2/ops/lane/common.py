@@ -16,10 +16,10 @@ States between kernels are `[2, NC, H, V, K]` fp32: slot 0 of the oriented scan,
 import triton
 import triton.language as tl
 
-from hgrn2.ops import tiles
 from hgrn2.ops.gates import activate_tile
+from hgrn2.ops.launch import INTERPRET
 
-_INTERPRET = tl.constexpr(tiles.INTERPRET)
+_INTERPRET = tl.constexpr(INTERPRET)
 
 # arguments that no kernel is specialised on: nothing recompiles for other sizes
 SIZES = ["N", "T", "P", "NS", "NC", "L", "H"]

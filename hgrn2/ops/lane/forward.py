@@ -1,13 +1,13 @@
 """The scan of small states in Triton, forward: what each segment adds to the state, the states between them, outputs.
 
-Shapes and lanes as in `scan_common`. Sequences of one segment run `scan_out_kernel` alone.
+Shapes and lanes as in `common`. Sequences of one segment run `scan_out_kernel` alone.
 """
 
 import triton
 import triton.language as tl
 
 from hgrn2.ops.gates import decay_tile
-from hgrn2.ops.scan_common import (
+from hgrn2.ops.lane.common import (
     SIZES,
     activated,
     add_outer,

@@ -1,7 +1,7 @@
 """Host side of the Triton scan for small states: cuts lines into segments, plans the launches, allocates.
 
 Tensors are `[B, Y, X, H, K]` (1-D: Y = 1) and lines run along X; two-dimensional scans run along Y besides, on the same
-memory. Kernels in `scan_fwd` and `scan_bwd`, shapes in `scan_common`.
+memory. Kernels in `lane.forward` and `lane.backward`, shapes in `common`.
 """
 
 import dataclasses
@@ -11,16 +11,23 @@ import torch
 from torch import Tensor
 from triton import cdiv
 
-from hgrn2.ops import tiles
-from hgrn2.ops.call import multiprocessors
-from hgrn2.ops.chunk import _on_its_device, _scratch, _signature, chunk_table
-from hgrn2.ops.directions import gradients
 from hgrn2.ops.gates import activation_code
-from hgrn2.ops.launch import Plan, Plans, Slots, kinds
-from hgrn2.ops.scan_bwd import scan_grad_kernel
-from hgrn2.ops.scan_fwd import scan_carry_kernel, scan_out_kernel, scan_segment_kernel
+from hgrn2.ops.lane.backward import scan_grad_kernel
+from hgrn2.ops.lane.forward import scan_carry_kernel, scan_out_kernel, scan_segment_kernel
+from hgrn2.ops.launch import (
+    INTERPRET,
+    Plan,
+    Plans,
+    Slots,
+    kinds,
+    multiprocessors,
+    on_its_device,
+    signature,
+    with_buffer,
+)
+from hgrn2.ops.sequences import document_table, gradients
 
-_WARPS = 1 if tiles.INTERPRET else 4
+_WARPS = 1 if INTERPRET else 4
 _LANES = 32 * _WARPS
 # key channels of one lane: two share a head of 8, whose states would fill the registers of one
 _KEYS = {1: 1, 2: 2, 4: 4, 8: 4}
@@ -33,7 +40,7 @@ _MAX_SEGMENT = {1: 128, 2: 64, 4: 64, 8: 128}
 _UNROLL = {1: (8, 8, 4), 2: (8, 8, 4), 4: (4, 2, 4), 8: (4, 2, 2)}
 # most registers a thread of (outputs, gradients): just under what lets one more program run beside
 _REGISTERS = {1: (None, None), 2: (128, 168), 4: (None, None), 8: (None, None)}
-# head dims whose states are cheaper to compute again than what they leave behind (see `scan_bwd`)
+# head dims whose states are cheaper to compute again than what they leave behind (see `lane.backward`)
 _BLOCK = (1, 2)
 
 _forward_plans, _backward_plans = Plans(), Plans()
@@ -217,11 +224,11 @@ def _ends(q: Tensor, documents: int | None, other: Tensor | None) -> Tensor:
     return make(rows, q.shape[3], q.shape[4], q.shape[4], dtype=torch.float32, device=q.device)
 
 
-@_on_its_device
+@on_its_device
 def forward(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, options: Options, final: bool):
     """o `[B, Y, X, H, V]`, the final states `[N, H, K, V]` (None unless `final`), and a buffer for `backward`."""
     documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    key = (*_signature(q, f, v, lower_bound, initial_state, lengths), documents, options, final)
+    key = (*signature(q, f, v, lower_bound, initial_state, lengths), documents, options, final)
     found = _forward_plans.get(key)
     if found is None:
         plan, saved, scratch = Plan(kinds((q, f, v, lower_bound, lengths, initial_state))), Slots(), Slots()
@@ -236,14 +243,14 @@ def forward(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, options: O
     o = q.new_empty(q.shape)
     enter = _turned(initial_state)
     leave = _ends(q, documents, enter) if final else None
-    table = None if documents is None else chunk_table(cu_seqlens, segments, length, False)
-    kept = _scratch(q, saved)
+    table = None if documents is None else document_table(cu_seqlens, segments, length, False)
+    kept = with_buffer(q, saved)
     tensors = dict(q=q, f=f, v=v, o=o, lb=lower_bound, len=lengths, table=table, init=enter, final=leave)
-    plan.run(tensors, kept, _scratch(q, scratch))
+    plan.run(tensors, kept, with_buffer(q, scratch))
     return o, _turned(leave), kept[1]
 
 
-@_on_its_device
+@on_its_device
 def backward(q, f, v, do, d_final, lower_bound, initial_state, lengths, cu_seqlens, options: Options,
              kept: Tensor | None, bound: bool, initial: bool, packed: bool = False):  # fmt: skip
     """dq, df, dv `[B, Y, X, H, K]`, d lower_bound `[H, K]` and d initial_state `[N, H, K, V]`; None where not asked.
@@ -254,8 +261,8 @@ def backward(q, f, v, do, d_final, lower_bound, initial_state, lengths, cu_seqle
     documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dq, df, dv = gradients(q, f, v, packed)
     # slots of a packed gradient may be aligned less than fresh tensors
-    signature = _signature(q, f, v, do, lower_bound, initial_state, lengths, d_final, dq, df, dv)
-    key = (*signature, documents, options, kept is None, bound, initial)
+    tensors = (q, f, v, do, lower_bound, initial_state, lengths, d_final, dq, df, dv)
+    key = (*signature(*tensors), documents, options, kept is None, bound, initial)
     found = _backward_plans.get(key)
     if found is None:
         plan = Plan(kinds((q, f, v, do, lower_bound, lengths, initial_state, d_final, dq, df, dv)))
@@ -280,12 +287,12 @@ def backward(q, f, v, do, d_final, lower_bound, initial_state, lengths, cu_seqle
     plan, saved, scratch, segments, length = found
     enter, d_enter = _turned(initial_state), _turned(d_final)
     d_leave = _ends(q, documents, d_enter) if initial else None
-    table = None if documents is None else chunk_table(cu_seqlens, segments, length, False)
+    table = None if documents is None else document_table(cu_seqlens, segments, length, False)
     tensors = dict(
         q=q, f=f, v=v, do=do, dq=dq, df=df, dv=dv, lb=lower_bound, len=lengths, table=table, init=enter,
         d_final=d_enter, d_initial=d_leave,
     )  # fmt: skip
-    work = _scratch(q, scratch)
-    plan.run(tensors, _scratch(q, saved) if kept is None else (saved, kept), work)
+    work = with_buffer(q, scratch)
+    plan.run(tensors, with_buffer(q, saved) if kept is None else (saved, kept), work)
     d_bound = scratch.view(work[1], "dlb").sum(0) if bound else None
     return dq, df, dv, d_bound, _turned(d_leave)

@@ -1,4 +1,4 @@
-"""The Triton scan of small states as a torch op: registration and its entry point. As `library`, for head dims 1 to 8.
+"""The Triton scan of small states as a torch op: registration and its entry point. As `chunk.op`, for head dims 1 to 8.
 
 Shapes: B batch, T time, Y and X rows and columns of a grid, H heads, K = V head dim, N sequences.
 """
@@ -6,31 +6,20 @@ Shapes: B batch, T time, Y and X rows and columns of a grid, H heads, K = V head
 import torch
 from torch import Tensor
 
-from hgrn2.ops.directions import DIRECTIONS
 from hgrn2.ops.gates import ACTIVATIONS
-from hgrn2.ops.library import _LIBRARY, _int32, _no_vmap
-from hgrn2.ops.register import count_scan, is_traced, no_second_derivative, refuse_second_derivatives
-
-_LIBRARY.define(
-    "lane_scan(Tensor q, Tensor f, Tensor v, Tensor? lower_bound, Tensor? initial_state, Tensor? lengths, "
-    "Tensor? cu_seqlens, int direction, bool output_final_state, int q_act, int v_act) -> (Tensor, Tensor)"
-)
-_LIBRARY.define(
-    "lane_scan_backward(Tensor do, Tensor? d_final, Tensor q, Tensor f, Tensor v, Tensor? lower_bound, "
-    "Tensor? initial_state, Tensor? lengths, Tensor? cu_seqlens, int direction, int q_act, int v_act, "
-    "bool lower_bound_grad, bool initial_state_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+from hgrn2.ops.register import count_scan, int32, is_traced, no_second_derivative, refuse_second_derivatives, register
+from hgrn2.ops.sequences import DIRECTIONS
 
 
 def _grid(x: Tensor) -> Tensor:
     """`[B, Y, X, H, K]`, a sequence as a grid of one row; copied only where kernels cannot read it in place."""
-    from hgrn2.ops.scan import vectors
+    from hgrn2.ops.lane.host import vectors
 
     return vectors(x if x.dim() == 5 else x.unsqueeze(1))
 
 
 def _options(direction: int, q_act: int, v_act: int):
-    from hgrn2.ops.scan import Options
+    from hgrn2.ops.lane.host import Options
 
     name = DIRECTIONS[direction]
     axes = {"2d": (2, 1), "columns": (1,)}.get(name, (2,))
@@ -38,11 +27,11 @@ def _options(direction: int, q_act: int, v_act: int):
 
 
 def _run(q, f, v, lower_bound, initial_state, lengths, cu_seqlens, direction, output_final_state, q_act, v_act):
-    from hgrn2.ops import scan  # needs Triton
+    from hgrn2.ops.lane import host as scan  # needs Triton
 
     options = _options(direction, q_act, v_act)
     o, final, kept = scan.forward(
-        _grid(q), _grid(f), _grid(v), lower_bound, initial_state, _int32(lengths), _int32(cu_seqlens), options,
+        _grid(q), _grid(f), _grid(v), lower_bound, initial_state, int32(lengths), int32(cu_seqlens), options,
         output_final_state,
     )  # fmt: skip
     return o if o.dim() == q.dim() else o.squeeze(1), final, kept
@@ -52,12 +41,12 @@ def _run_backward(
     do, d_final, q, f, v, lower_bound, initial_state, lengths, cu_seqlens, direction, q_act, v_act,
     lower_bound_grad, initial_state_grad, kept=None, packed=False,
 ):  # fmt: skip
-    from hgrn2.ops import scan
+    from hgrn2.ops.lane import host as scan
 
     options = _options(direction, q_act, v_act)
     *grads, d_bound, d_initial = scan.backward(
-        _grid(q), _grid(f), _grid(v), _grid(do), d_final, lower_bound, initial_state, _int32(lengths),
-        _int32(cu_seqlens), options, kept, lower_bound_grad, initial_state_grad, packed,
+        _grid(q), _grid(f), _grid(v), _grid(do), d_final, lower_bound, initial_state, int32(lengths),
+        int32(cu_seqlens), options, kept, lower_bound_grad, initial_state_grad, packed,
     )  # fmt: skip
     return *(x if x.dim() == q.dim() else x.squeeze(1) for x in grads), d_bound, d_initial
 
@@ -136,15 +125,17 @@ class _Eager(torch.autograd.Function):
         return *grads, *(None,) * 6
 
 
-for _device in ("CUDA", "CPU"):  # CPU tensors run under TRITON_INTERPRET=1
-    _LIBRARY.impl("lane_scan", _scan, _device)
-    _LIBRARY.impl("lane_scan_backward", _scan_backward, _device)
-torch.library.register_fake("hgrn2::lane_scan", _scan_fake, lib=_LIBRARY)
-torch.library.register_fake("hgrn2::lane_scan_backward", _scan_backward_fake, lib=_LIBRARY)
-torch.library.register_autograd("hgrn2::lane_scan", _differentiate, setup_context=_save, lib=_LIBRARY)
-torch.library.register_autograd("hgrn2::lane_scan_backward", no_second_derivative, lib=_LIBRARY)
-torch.library.register_vmap("hgrn2::lane_scan", _no_vmap, lib=_LIBRARY)
-torch.library.register_vmap("hgrn2::lane_scan_backward", _no_vmap, lib=_LIBRARY)
+register(
+    "lane_scan(Tensor q, Tensor f, Tensor v, Tensor? lower_bound, Tensor? initial_state, Tensor? lengths, "
+    "Tensor? cu_seqlens, int direction, bool output_final_state, int q_act, int v_act) -> (Tensor, Tensor)",
+    _scan, _scan_fake, _differentiate, _save,
+)  # fmt: skip
+register(
+    "lane_scan_backward(Tensor do, Tensor? d_final, Tensor q, Tensor f, Tensor v, Tensor? lower_bound, "
+    "Tensor? initial_state, Tensor? lengths, Tensor? cu_seqlens, int direction, int q_act, int v_act, "
+    "bool lower_bound_grad, bool initial_state_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _scan_backward, _scan_backward_fake, no_second_derivative,
+)  # fmt: skip
 count_scan(torch.ops.hgrn2.lane_scan, torch.ops.hgrn2.lane_scan_backward, lambda *_: 0)
 
 
