@@ -1,6 +1,8 @@
 """Plans: everything about a call but its addresses, worked out once, so that the host only fills them in and launches.
 
 The first call of a kind goes through Triton with tensors; later ones start the compiled kernels with bare addresses.
+That way is private to Triton: `run`, `function` and `packed_metadata` of a compiled kernel. Where a version has them no
+more, or takes other arguments, every call goes through Triton, and that is said once.
 """
 
 import contextlib
@@ -22,6 +24,8 @@ SMALL_HEAD_DIMS = (1, 2, 4, 8)
 _compiled = {}
 # kinds of launches that took more of some resource than the device has
 _too_large = set()
+# why compiled kernels cannot be started without Triton, once that is known
+_private_failure: list[str] = []
 # plans are small, but every new length makes some
 _MOST_PLANS = 512
 # a * b + c in one instruction: Triton's default up to 3.9, which warns that it will not stay
@@ -97,8 +101,8 @@ class Plan:
 
     def run(self, tensors: dict[str, Tensor | None], *buffers: tuple[Slots, Tensor]) -> None:
         """Launch everything; `tensors` and the slots of `buffers` together hold all names."""
-        if self.launches is None and not self._resolve():
-            self._compile({"none": None} | tensors | {n: s.view(b, n) for s, b in buffers for n in s.of})
+        if _private_failure or (self.launches is None and not self._resolve()):
+            self._compile(_by_name(tensors, buffers), self.steps)
             return
         found = {name: None if x is None else x.data_ptr() for name, x in tensors.items()}
         found["none"] = None
@@ -107,8 +111,14 @@ class Plan:
             for name, slot in slots.of.items():
                 found[name] = base + slot[0]
         stream = torch._C._cuda_getCurrentRawStream(self.key[0])
-        for programs, run, function, metadata, take, rest in self.launches:
-            run(programs, 1, 1, stream, function, metadata, None, None, None, *take(found), *rest)
+        for i, (programs, run, function, metadata, take, rest) in enumerate(self.launches):
+            pointers = take(found)
+            try:
+                run(programs, 1, 1, stream, function, metadata, None, None, None, *pointers, *rest)
+            except TypeError as error:  # of the arguments: nothing has run
+                _give_up_private_launches(error)
+                self._compile(_by_name(tensors, buffers), self.steps[i:])
+                return
 
     def _kind(self, kernel, options: dict, rest: tuple) -> tuple:
         parameters = kernel.params[len(kernel.params) - len(rest) :]
@@ -133,11 +143,26 @@ class Plan:
         self.launches = launches
         return True
 
-    def _compile(self, tensors: dict[str, Tensor | None]) -> None:
-        for kernel, pointers, choices in self.steps:
+    def _compile(self, tensors: dict[str, Tensor | None], steps: list) -> None:
+        for kernel, pointers, choices in steps:
             found, kind = _launch_first(kernel, _untried(choices), [tensors[name] for name in pointers])
-            if not INTERPRET:
-                _compiled[kind] = found.run, found.function, found.packed_metadata
+            if not (INTERPRET or _private_failure):
+                try:
+                    _compiled[kind] = found.run, found.function, found.packed_metadata
+                except AttributeError as error:
+                    _give_up_private_launches(error)
+
+
+def _by_name(tensors: dict[str, Tensor | None], buffers: tuple[tuple[Slots, Tensor], ...]) -> dict[str, Tensor | None]:
+    """All tensors of a plan, those inside of buffers as views."""
+    return {"none": None} | tensors | {name: slots.view(buffer, name) for slots, buffer in buffers for name in slots.of}
+
+
+def _give_up_private_launches(error: Exception) -> None:
+    """Launch through Triton from now on: slower for the host, the same for the device."""
+    _private_failure.append(f"{type(error).__name__}: {error}")
+    version = "" if triton is None else f" {triton.__version__}"
+    _say_once(f"kernels are launched through Triton{version}, which takes the host longer: {_private_failure[0]}")
 
 
 def _untried(choices: list[tuple]) -> list[tuple]:
