@@ -1,7 +1,9 @@
 """Mistakes in settings, and what the system lacks, are one line with status 2; bugs keep their traceback."""
 
 import os
+import signal
 import socket
+from functools import partial
 
 import pytest
 import torch
@@ -108,12 +110,31 @@ def test_a_bug_of_ours_keeps_its_traceback(kind, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_so_does_one_in_a_data_worker(tmp_path, monkeypatch):
-    from tasks.data import KeyedDataset
+def in_data_workers(monkeypatch, act):
+    """`act` takes the place of reading a sample, but not in the main process, which looks at one itself."""
+    from tasks.dataset import KeyedDataset
 
-    monkeypatch.setattr(KeyedDataset, "__getitem__", lambda self, key: {}["a bug"])
+    read = KeyedDataset._get
+    in_worker = torch.utils.data.get_worker_info
+    monkeypatch.setattr(KeyedDataset, "_get", lambda self, key: act() if in_worker() else read(self, key))
+
+
+def test_so_does_one_in_a_data_worker(monkeypatch):
+    in_data_workers(monkeypatch, lambda: {}["a bug"])
     with pytest.raises(KeyError, match="a bug"):
         run(*VISION, "data.num_workers=1")
+
+
+def test_a_data_worker_that_is_killed(tmp_path, monkeypatch, capsys):
+    in_data_workers(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    assert "DataLoader worker" in refused(capsys, *VISION, "data.num_workers=1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_data_worker_that_cannot_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "fork", partial(os.read, -1, 1))  # an OSError without a file's name
+    assert "[Errno 9]" in refused(capsys, *VISION, "data.num_workers=1")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_persons_own_code_raises_is_theirs():

@@ -46,13 +46,11 @@ def refusal(error: BaseException, stepped: bool) -> str | None:
     if isinstance(error, RuntimeError | MemoryError) and OUT_OF_MEMORY.search(text):
         return f"{_beginning(text)} (lower data.batch_size, or choose a smaller model)"
     files = _files(error.__traceback__)
-    if (
-        not stepped
-        and isinstance(error, OSError)
-        and error.filename
-        and all(_is_ours(f) or _is_library(f) for f in files)
-    ):
-        return f"{error.filename}: {error.strerror}"
+    if not stepped and all(_is_ours(file) or _is_library(file) for file in files):
+        if isinstance(error, OSError):
+            return f"{error.filename}: {error.strerror}" if error.filename else text
+        if text.startswith("DataLoader worker"):  # killed, or without shared memory
+            return text
     if text.startswith("Caught ") or not all(map(_is_library, files)):  # torch says so where a data worker raised
         return None
     if stepped:
@@ -66,9 +64,8 @@ def refusal(error: BaseException, stepped: bool) -> str | None:
 
 def _one_line(error: BaseException) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-    if made := re.search(
-        r"Problem with given class_path '(.*?)':\s*(.*?)(?=\n\s*- |\Z)", text, re.DOTALL
-    ):  # jsonargparse's
+    # jsonargparse's, among its reasons against every class that was not meant
+    if made := re.search(r"Problem with given class_path '(.*?)':\s*(.*?)(?=\n\s*- |\Z)", text, re.DOTALL):
         text = f"{made[1].rpartition('.')[2]}: {made[2]}"
     return " ".join(text.split()) or type(error).__name__
 
