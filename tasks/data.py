@@ -18,6 +18,7 @@ from hgrn2.config import ConfigError, check
 from tasks.base import plain
 from tasks.cli.signals import outlive_signals
 from tasks.dataset import SPLITS, Dataset, KeyedDataset, SampleKey, check_options, find_dataset
+from tasks.schedule import limited
 from tasks.seeds import Stream, generator
 
 SPLITS_OF = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
@@ -234,10 +235,17 @@ class TaskData(LightningDataModule):
     def _overfit_batches(self, batches: int, what: str = "training") -> int:
         """How many of so many batches trainer.overfit_batches repeats; 0 without it."""
         limit = self.trainer.overfit_batches if self.trainer else 0
-        repeated = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
+        repeated = limited(batches, limit)
         if limit and not repeated:
             raise ConfigError(f"trainer.overfit_batches={limit} of {batches} {what} batches is none: give a number")
         return repeated
+
+    def _judged_samples(self) -> int:
+        """Validation samples that a score is of: trainer.limit_val_batches counts the batches of each device."""
+        size, (rank, world_size) = len(self.split("val")), self._ranks
+        batches = len(EvalOrder(size, self.eval_batch_size, rank, world_size))
+        used = limited(batches, self.trainer.limit_val_batches if self.trainer else 1.0)
+        return min(size, used * self.eval_batch_size * world_size)
 
     def consumed_batches(self) -> int:
         """Global batches that training has consumed since the start of the run."""
@@ -296,6 +304,7 @@ class TaskData(LightningDataModule):
             "seed": self.seed,
             "training_data": self._fingerprints["train"],
             "validation_data": self._fingerprints.get("val"),
+            "validation_samples": self._judged_samples() if "val" in self.splits else None,
             "overfit_batches": self._overfit_batches(self.train_batches()),
             "options": plain(self.options, "data"),  # only to name what differs: the fingerprint decides
         }
@@ -322,6 +331,12 @@ class TaskData(LightningDataModule):
             differs = ", ".join(f"data.{name}={now['options'][name]} (checkpoint: {before[name]})" for name in names)
             why = differs or "other files, or other data.* settings"
             problems.append(f"the {which} data is not the checkpoint's ({why})")
+        judged, before = now["validation_samples"], then.get("validation_samples")  # None: unknown to earlier versions
+        if None not in (judged, before) and judged != before:
+            problems.append(
+                f"a validation takes {judged} samples, the checkpoint's scores are of {before} "
+                "(trainer.limit_val_batches times data.eval_batch_size times the number of devices)"
+            )
         consumed = self.consumed_batches() * self.batch_size
         if self.trainer and not problems and consumed != then["samples_consumed"]:
             problems.append(f"its loops stand at sample {consumed}, its data at {then['samples_consumed']}")

@@ -19,6 +19,11 @@ class Length:
     before: str = ""
 
 
+def limited(batches: int, limit: int | float) -> int:
+    """How many of so many batches a limit of the Trainer's leaves: a number of them, or (a float) a fraction."""
+    return int(batches * limit) if isinstance(limit, float) else min(batches, limit)
+
+
 def run_length(
     max_steps: int, max_epochs: int, batches: int | None, limit: int | float, accumulate: Callable[[int], int]
 ) -> Length | None:
@@ -28,12 +33,12 @@ def run_length(
         max_steps: the Trainer's; -1 for no limit.
         max_epochs: the Trainer's; -1 for no limit.
         batches: training batches an epoch.
-        limit: trainer.limit_train_batches: a number of batches, or (a float) a fraction of them.
+        limit: trainer.limit_train_batches.
         accumulate: batches an optimiser step, by epoch; an epoch's last step takes what is left.
     """
     limits = [Length(max_steps, f"trainer.max_steps={max_steps}")] if max_steps >= 0 else []
     if max_epochs >= 0 and batches is not None:
-        used = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
+        used = limited(batches, limit)
         steps = sum(-(-used // accumulate(epoch)) for epoch in range(max_epochs))
         limits.append(Length(steps, f"trainer.max_epochs={max_epochs}"))
     limits.sort(key=lambda limit: limit.steps)

@@ -98,6 +98,7 @@ REFUSED = {
     "order, seed": (["seed=1"], "data.seed=1 (checkpoint: 0)"),
     "training data": (["data.augment=false"], "the training data is not the checkpoint's"),
     "best score, batches": (["trainer.limit_val_batches=2"], "trainer.limit_val_batches=2 (there: 1)"),
+    "best score, samples": (["data.eval_batch_size=7"], "a validation takes 7 samples, the checkpoint's scores are of"),
     "optimiser's groups": (["model.optim.decay_norms_and_biases=true"], "order of its groups"),
     "weights, of the same shapes": (["model.backbone.q_act=silu"], "model.backbone.q_act=silu (there: sigmoid)"),
 }
