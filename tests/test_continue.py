@@ -209,6 +209,11 @@ def test_a_callback_has_this_command_lines_settings(run, capsys):
     assert float(state["best_score"]) < float("inf")  # its state goes on
 
 
+def test_an_evaluation_misses_no_callback(trained, recwarn):
+    main(["test", "task=vision", "trainer.accelerator=cpu", f"run={trained}", "trainer.limit_test_batches=1"])
+    assert not [warning for warning in recwarn if "callbacks" in str(warning.message)]
+
+
 def test_what_early_stopping_ended_stays_ended(run, capsys):
     limits = [f"run={run}", "trainer.max_steps=20"]
     stop = "trainer.callbacks=[{class_path: EarlyStopping, init_args: {monitor: val/loss, patience: 1, min_delta: 9}}]"

@@ -54,7 +54,7 @@ TABLE = {
     "val_check_interval": ["test_validations", "test_validation_by_time", "test_refused", "test_no_validation_is_said"],
     "check_val_every_n_epoch": ["test_validations", "test_refused"],
     "num_sanity_val_steps": ["test_changes_nothing", "test_refused"],
-    "log_every_n_steps": ["test_log_every_n_steps", "test_refused"],
+    "log_every_n_steps": ["test_log_every_n_steps", "test_a_run_that_logs_no_step_says_so", "test_refused"],
     "enable_checkpointing": ["test_enable_checkpointing"],
     "enable_progress_bar": ["test_changes_nothing"],
     "enable_model_summary": ["test_changes_nothing"],
@@ -420,6 +420,15 @@ def test_log_every_n_steps(every, steps, folder):
     fit(f"trainer.log_every_n_steps={every}")
     with (the_run(folder) / "csv" / "metrics.csv").open() as file:
         assert [int(row["step"]) for row in csv.DictReader(file) if row.get("train/loss")] == steps
+
+
+def test_a_run_that_logs_no_step_says_so(folder, caplog, recwarn):
+    fit("trainer.log_every_n_steps=8")
+    assert "trainer.log_every_n_steps=8: none of the steps 1 to 7 is logged" in caplog.text
+    assert not [warning for warning in recwarn if "logging interval" in str(warning.message)]  # an epoch's, Lightning's
+    caplog.clear()
+    fit(f"run={the_run(folder)}", "trainer.log_every_n_steps=8", "trainer.max_steps=8")
+    assert "is logged" not in caplog.text
 
 
 def test_enable_checkpointing(plain, folder):

@@ -104,6 +104,9 @@ def execute(request: Request, signals: Signals) -> None:
         logging.getLogger(name).addFilter(lambda record: not _is_noise(record))
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=DEPENDENCIES)
+    warnings.filterwarnings("ignore", "The number of training batches")  # of an epoch: check_loop looks at the run
+    if request.command != "fit":
+        warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")  # callbacks that only a fit has
     cli = None
     try:
         cli = TaskCLI(request, signals)

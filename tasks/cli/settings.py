@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationSched
 from lightning.pytorch.plugins import LayerSync, Precision
 
 from hgrn2.config import ConfigError, check
+from tasks.progress import total_steps
 
 LIMIT_OF = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
 LEAST = {
@@ -151,6 +152,9 @@ def check_loop(trainer: Trainer) -> list[str]:
             f"trainer.accumulate_grad_batches={accumulate} exceeds the {batches} batches of an epoch, "
             "which ends with an optimiser step"
         )
+    first, end, every = trainer.global_step + 1, total_steps(trainer), trainer.log_every_n_steps
+    if every and end is not None and not trainer.fast_dev_run and end // every == (first - 1) // every:
+        notes.append(f"trainer.log_every_n_steps={every}: none of the steps {first} to {end} is logged")
     last, left = _last_batch(trainer), batches % trainer.accumulate_grad_batches
     if left and last >= batches:
         every = f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}"
