@@ -119,6 +119,12 @@ def test_no_entry_has_the_key(read, capsys):
     )
 
 
+def test_the_nearest_key_is_named(read, capsys):
+    with pytest.raises(SystemExit):
+        read("trainer.callbacks.pateince=3")
+    assert "LearningRateMonitor) has pateince (nearest: patience)" in capsys.readouterr().err
+
+
 def test_merging_is_by_class_and_only_for_objects():
     def lists(*names):
         return {"trainer": {"callbacks": list(names), "devices": list(names)}}

@@ -137,6 +137,8 @@ def test_the_trainers_words_get_their_settings():
     )
     assert explain.by_setting("trainer.max_steps=30 is bad", settings) == "trainer.max_steps=30 is bad"
     assert explain.by_setting("something else", settings) == "something else"
+    callbacks = {"callbacks": [{"class_path": "a.b.Timer"}, {"class_path": "a.Bar"}]}
+    assert explain.by_setting("two `callbacks`", callbacks) == "trainer.callbacks=Timer,Bar: two `callbacks`"
 
 
 def test_whole_numbers_in_another_spelling(capsys, tmp_path):

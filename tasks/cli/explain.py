@@ -140,4 +140,8 @@ def by_setting(message: str, settings: dict[str, Any]) -> str:
 def _plain(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, list):
+        return ",".join(map(_plain, value))
+    if isinstance(value, dict) and "class_path" in value:
+        return value["class_path"].rpartition(".")[2]
     return str(value) if isinstance(value, str | int | float) else type(value).__name__

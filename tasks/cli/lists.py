@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hgrn2.config import ConfigError
-from tasks.cli.compose import OBJECT_LISTS, at, escape, listed, merge, nest, resolve, without
+from tasks.cli.compose import OBJECT_LISTS, at, escape, listed, merge, nearest, nest, resolve, without
 from tasks.cli.explain import argument_types
 
 RULE = (
@@ -87,4 +87,6 @@ def _changed(key: str, flag: str, entries: list[Any], typed: Callable[[list[str]
             return [*entries[:i], changed, *entries[i + 1 :]]
     classes = ", ".join(entry["class_path"].rpartition(".")[2] for entry in entries)
     has = f"none of its entries ({classes}) has {argument}" if classes else "the list is empty"
+    known = [name for entry in entries for name in argument_types(entry["class_path"])]
+    has += f" (nearest: {', '.join(close)})" if (close := nearest(argument, known)) else ""
     raise ConfigError(f"{flag.removeprefix('--')}: {has}; name the class first: {key}=CLASS {flag.removeprefix('--')}")
