@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import importlib.metadata
 import json
 import os
 import pty
@@ -195,7 +196,7 @@ def test_a_test_is_kept_and_names_its_checkpoint_once(run, capsys):
     best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
     assert results["step"] == best["global_step"]
     assert results["metrics"].keys() == {"test/loss", "test/acc"}
-    assert results["versions"]["torch"] == torch.__version__.partition("+")[0] or torch.__version__
+    assert results["versions"]["torch"] == importlib.metadata.version("torch")
     (event,) = events(run / "test").Scalars("test/acc")
     assert (event.step, event.value) == (best["global_step"], pytest.approx(results["metrics"]["test/acc"]))
     main(["validate", "task=vision", "trainer.accelerator=cpu", "ckpt_path=last"])
