@@ -182,7 +182,7 @@ def test_the_start_is_quiet(here):
     said = (here / "said.txt").read_text()
     start = said[: said.index("step 2/6")].splitlines()
     assert len(start) == 7, said
-    assert [line.split()[0] for line in start[-3:]] == ["patch_embed", "backbone", "head"]
+    assert [line.split()[0] for line in start[-5:]] == ["patch_embed", "backbone", "head", "run", "watch:"]
     assert "deprecated" not in said
 
 
