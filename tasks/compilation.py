@@ -1,5 +1,6 @@
 """torch.compile for the shared backbone: what is compiled, and when."""
 
+import warnings
 from typing import Literal, get_args
 
 from lightning import Callback, LightningModule, Trainer
@@ -30,6 +31,8 @@ class Compile(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         mode = self.resolved(trainer.strategy.root_device.type)
+        # Advice of inductor's: fp32 products stay fp32 (trainer.precision says what is wanted).
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", module=r"torch\._inductor")
         if mode == "model":
             pl_module.model.compile()
         elif mode == "block":
