@@ -1,11 +1,15 @@
-"""The tasks by domain."""
+"""The tasks by domain (`TASKS`), and the command line's runs from Python (`run`)."""
 
 
 def __getattr__(name: str):
-    """`TASKS`: a plain dict, domain -> (LightningModule, LightningDataModule).
+    """`TASKS`: a plain dict, domain -> (LightningModule, LightningDataModule). `run`: see tasks/cli/python.py.
 
     Made when it is first asked for, so that the command line answers a mistyped task before the slow imports.
     """
+    if name == "run":
+        from tasks.cli.python import run
+
+        return run
     if name != "TASKS":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from tasks.lm.data import LMData

@@ -39,7 +39,7 @@ def plain(value: Any, name: str) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)}, name)
     if isinstance(value, dict):
-        return {key: plain(item, f"{name}.{key}") for key, item in value.items()}
+        return {key: plain(item, f"{name}.{key}".lstrip(".")) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(plain(item, name) for item in value)
     if isinstance(value, Path):

@@ -37,11 +37,13 @@ class Request:
     version: bool = False
     print_config: bool = False
     tokens: list[str] = field(default_factory=list)  # the overrides as typed
+    given: dict[str, Any] = field(default_factory=dict)  # overrides from Python: nested, their values typed already
+    words: list[str] = field(default_factory=list)  # all of it, for the record
 
 
 def read_request(argv: list[str]) -> Request:
     """Finds command, task and flags; everything else stays as typed until the settings' types are known."""
-    request, rest = Request(), list(argv)
+    request, rest = Request(words=list(argv)), list(argv)
     command_seen = False
     while rest:
         token = rest.pop(0)
@@ -81,6 +83,21 @@ def renamed(tokens: list[str], say: Callable[[str], Any]) -> list[str]:
             tokens[i] = f"{dashes}{RENAMED[name]}{rest}"
             say(f"{name} is called {RENAMED[name]} now")
     return tokens
+
+
+def without_class_paths(tokens: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """(tokens, with `model.NAME` for LightningCLI's `model.init_args.NAME`; the class_paths among them, nested)."""
+    kept, found, rest = [], {}, [re.sub(r"^((?:--)?(?:model|data)\.)init_args\.", r"\1", token) for token in tokens]
+    while rest:
+        token = rest.pop(0)
+        section, equals, path = token.removeprefix("--").partition(".class_path=")
+        if not equals and token in ("--model.class_path", "--data.class_path"):
+            section, equals, path = token[2:].partition(".")[0], "=", rest.pop(0) if rest else ""
+        if equals and section in ("model", "data"):
+            found[section] = {"class_path": path}
+        else:
+            kept.append(token)
+    return kept, found
 
 
 def peek(tokens: list[str], key: str) -> str | None:

@@ -18,13 +18,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from hgrn2.config import ConfigError, check
-from tasks.base import left_to_data, misfits
+from tasks.base import left_to_data, misfits, plain
 from tasks.callbacks import CALLBACKS
 from tasks.cli import arguments as args
 from tasks.cli import compose
 from tasks.cli.checkpoints import Checkpoints
 from tasks.cli.choice import Choice, choose
-from tasks.cli.classes import choose_classes
+from tasks.cli.classes import choose_classes, class_paths
 from tasks.cli.explain import argument_types, by_setting, full_keys
 from tasks.cli.help import settings
 from tasks.cli.lists import read_lists
@@ -59,9 +59,8 @@ class TaskCLI(LightningCLI):
         domain, self.layers = compose.load_task(request.task)
         self.layers = compose.renamed(self.layers, rank_zero_info)
         request.tokens = args.renamed(request.tokens, rank_zero_info)
-        dataset = args.peek(request.tokens, "data.dataset") or compose.at(self.layers, "data.dataset")
-        self.classes = choose_classes(domain, self.layers, compose.task_file(request.task).parent, dataset)
-        self.layers = self.classes.flat(self.layers, f"task={request.task}")
+        request.given = compose.renamed(request.given, rank_zero_info)
+        self._choose_classes(domain)
         self.choice = Choice()
         self.folder: Path | None = None
         self.fresh = False
@@ -92,6 +91,19 @@ class TaskCLI(LightningCLI):
             fields = [field.name for field in dataclasses.fields(error.of)]
             raise ConfigError(full_keys(str(error), fields, f"model.{names[0]}")) from error
 
+    def _choose_classes(self, domain: str | None) -> None:
+        """The classes that files and command line name; what is left are their settings."""
+        request = self.request
+        request.tokens, typed_paths = args.without_class_paths(request.tokens)
+        for config in (typed_paths, {key: {"class_path": path} for key, path in class_paths(request.given).items()}):
+            self.layers = compose.merge(self.layers, config)
+        dataset = args.peek(request.tokens, "data.dataset")
+        for config in (request.given, self.layers):
+            dataset = dataset or compose.at(config, "data.dataset") or compose.at(config, "data.init_args.dataset")
+        self.classes = choose_classes(domain, self.layers, compose.task_file(request.task).parent, dataset)
+        self.layers = self.classes.flat(self.layers, f"task={request.task}")
+        request.given = self.classes.flat(request.given, "settings")
+
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         return self.parser_class(prog=f"python train.py task={self.task}", description=None, **kwargs)
 
@@ -112,8 +124,10 @@ class TaskCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, _: Any) -> None:
         """Layers files and flags, then types the whole. Interpolations are resolved after the last layer."""
         flags = args.to_flags(self.request.tokens, args.known_keys(parser))
+        args.unknown_in(self.request.given, parser, "")
         lists = read_lists(flags)
-        typed = compose.escape(args.typed_overrides(parser, lists.flags))
+        typed = args.typed_overrides(parser, lists.flags)
+        typed = compose.escape(compose.merge(typed, plain(self.request.given, "")))
         once = {key: typed.pop(key, None) for key in OURS}
         args.unknown_in(self.layers, parser, f"task={self.request.task}: ")
         root = Path(compose.resolve(compose.merge(self.layers, typed))["run_root"]).expanduser()
@@ -241,7 +255,7 @@ class TaskCLI(LightningCLI):
         self.guard = Guard(self.signals, checkpoints, start)
         changed = {key: compose.at(self.resolved, key) for key in self.changed}
         saved = self.classes.saved(self.resolved)
-        record = Record(self.folder, self.root, self.task, saved, changed, self.fresh)
+        record = Record(self.folder, self.root, self.task, self.request.words, saved, changed, self.fresh)
         own = [self.guard, Resumed(self.settings), record, Compile(self.config["compile"])]
         settings["callbacks"] = [*own, *compose.listed(settings["callbacks"])]
         settings["plugins"] = [*compose.listed(settings["plugins"]), AtomicCheckpointIO()]

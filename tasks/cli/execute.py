@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import Trainer
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from hgrn2.config import ConfigError
 from tasks.cli.arguments import Request
 from tasks.cli.build import DECISION, Done, TaskCLI
+from tasks.cli.python import Result
 from tasks.cli.refusals import refusal
 from tasks.cli.report import fit_summary, save_results
 from tasks.cli.runs import discard, run_around, write_atomically
@@ -30,8 +32,8 @@ NOISE = (
 DEPENDENCIES = r"(lightning|torch|torchmetrics|torchvision|timm|jsonargparse|tensorboard)\."
 
 
-def run(cli: TaskCLI) -> None:
-    """Fits or evaluates, between the lines that say where everything is."""
+def run(cli: TaskCLI) -> Any:
+    """Fits or evaluates, between the lines that say where everything is. Returns the predictions, if any."""
     verb, start = cli.request.command, cli.choice.checkpoint
     tell(cli.choice.note, start and str(start) not in cli.choice.note and f"checkpoint: {start}")
     os.environ[DECISION] = json.dumps(
@@ -50,8 +52,18 @@ def run(cli: TaskCLI) -> None:
     if verb == "predict" and result is not None:
         save_predictions(cli, result)
     if verb in ("validate", "test") and not cli.trainer.fast_dev_run and cli.trainer.is_global_zero:
-        tell(f"results: {save_results(cli.trainer, verb, cli.task, start, cli.start_step)}")
+        tell(f"results: {save_results(cli.trainer, cli.request, cli.task, start, cli.start_step)}")
     tell(*where_next(cli))
+    return result if verb == "predict" else None
+
+
+def result_of(cli: TaskCLI, predictions: Any = None) -> Result:
+    """What Python gets."""
+    trainer: Trainer | None = getattr(cli, "trainer", None)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()} if trainer else {}
+    files = [cli.folder / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")] if cli.folder else []
+    written = next((path for path in files if path.exists()), cli.choice.checkpoint)
+    return Result(metrics, written, cli.folder or cli.choice.run, predictions)
 
 
 def save_predictions(cli: TaskCLI, result: Any) -> None:
@@ -93,15 +105,15 @@ def _text(path: Path | None) -> str | None:
     return path and str(path.absolute())
 
 
-def _is_noise(record: logging.LogRecord) -> bool:
-    """Advertising, and what our own lines say better."""
-    return record.getMessage().startswith(NOISE)
+def _not_noise(record: logging.LogRecord) -> bool:
+    """Without advertising, and without what our own lines say better."""
+    return not record.getMessage().startswith(NOISE)
 
 
-def execute(request: Request, signals: Signals) -> None:
+def execute(request: Request, signals: Signals) -> Result | None:
     """Builds and runs."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.checkpoint_connector"):
-        logging.getLogger(name).addFilter(lambda record: not _is_noise(record))
+        logging.getLogger(name).addFilter(_not_noise)
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=DEPENDENCIES)
     warnings.filterwarnings("ignore", "The number of training batches")  # of an epoch: check_loop looks at the run
@@ -111,9 +123,13 @@ def execute(request: Request, signals: Signals) -> None:
     try:
         cli = TaskCLI(request, signals)
         with cli.full_keys():
-            _run(cli)
+            return result_of(cli, _run(cli))
     except Done:
-        return
+        return None
+    except Leave as leave:
+        if cli is not None:
+            leave.result = result_of(cli)
+        raise
     except ConfigError:
         raise
     except Exception as error:
@@ -126,12 +142,13 @@ def execute(request: Request, signals: Signals) -> None:
         raise ConfigError(text if cli is None else cli.with_settings(text)) from error
 
 
-def _run(cli: TaskCLI) -> None:
+def _run(cli: TaskCLI) -> Any:
     completed = False
     try:
         cli.trainer = cli.make_trainer()
-        run(cli)
+        predictions = run(cli)
         completed = True
+        return predictions
     except Leave:
         completed = cli.stepped  # all ranks leave together
         raise

@@ -1,6 +1,5 @@
 """A run's record, config.yaml and the loggers' files: begun once nothing can refuse the command any more."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,23 @@ class Record(Callback):
         folder: of the run; None: nothing is written
         root: where the run folders are
         task: the task's name
+        words: the command line
         config: the resolved configuration
         changed: the settings whose values differ from the task's defaults
         fresh: whether the run is a new one
     """
 
     def __init__(
-        self, folder: Path | None, root: Path, task: str, config: dict[str, Any], changed: dict[str, Any], fresh: bool
+        self,
+        folder: Path | None,
+        root: Path,
+        task: str,
+        words: list[str],
+        config: dict[str, Any],
+        changed: dict[str, Any],
+        fresh: bool,
     ) -> None:
-        self.folder, self.root, self.task = folder, root, task
+        self.folder, self.root, self.task, self.words = folder, root, task, words
         self.config, self.changed, self.fresh = config, changed, fresh
         self._start = 0
         self._written = self._announced = folder is None
@@ -63,7 +70,7 @@ class Record(Callback):
             return
         self._written = True
         text = compose.to_yaml(self.config)
-        head = compose.heading(self.task, sys.argv[1:])
+        head = compose.heading(self.task, self.words)
         write_atomically(self.folder / "config.yaml", lambda file: file.write((head + text).encode()))
         for logger in trainer.loggers:
             if isinstance(logger, RunTensorBoard):

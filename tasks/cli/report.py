@@ -15,9 +15,11 @@ from lightning.pytorch import Trainer
 
 from hgrn2.config import ConfigError
 from tasks.callbacks import ThroughputLogger
+from tasks.cli.arguments import Request
 from tasks.cli.checkpoints import Checkpoints
 from tasks.cli.loggers import RunTensorBoard
 from tasks.cli.runs import run_around, write_atomically
+from tasks.cli.text import command
 from tasks.progress import duration, of, rate, total_steps
 
 PACKAGES = ("torch", "lightning", "triton", "torchmetrics")
@@ -67,25 +69,25 @@ def peak_memory(device: torch.device) -> str:
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB (process)"
 
 
-def save_results(trainer: Trainer, command: str, task: str, checkpoint: Path, step: int) -> Path:
+def save_results(trainer: Trainer, request: Request, task: str, checkpoint: Path, step: int) -> Path:
     """Writes ``test.json`` or ``validate.json`` into the run folder, and a test's metrics for TensorBoard."""
     folder = checkpoint.parent.parent if run_around(checkpoint) else checkpoint.parent
     metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
     results = {
         "task": task,
-        "command": " ".join(sys.argv[1:]),
+        "command": command(*request.words),
         "checkpoint": str(checkpoint.relative_to(folder)),
         "step": step,
         "metrics": metrics,
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name)},
     }
-    path = folder / f"{command}.json"
+    path = folder / f"{request.command}.json"
     try:
         write_atomically(path, lambda file: file.write((json.dumps(results, indent=2) + "\n").encode()))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
-    if command == "test" and any(folder.glob("events.out.tfevents.*")):
+    if request.command == "test" and any(folder.glob("events.out.tfevents.*")):
         # A folder of its own: TensorBoard follows one file a folder, and this run may still be training.
         logger = RunTensorBoard(folder / "test")
         logger.open()

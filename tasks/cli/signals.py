@@ -29,6 +29,7 @@ class Leave(SystemExit):
     def __init__(self, code: int, message: str = "") -> None:
         super().__init__(code)
         self.message = message
+        self.result: Any = None  # of a run that had nothing left to do, for Python
 
 
 class Signals:
