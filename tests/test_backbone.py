@@ -144,7 +144,13 @@ VARIANTS = [
 
 
 def test_variants_cover_every_field():
-    assert {name for name, _, _ in VARIANTS} == {field.name for field in dataclasses.fields(HGRN2Config)}
+    missing = {field.name for field in dataclasses.fields(HGRN2Config)} - {name for name, _, _ in VARIANTS}
+    assert not missing, f"tests/test_backbone.py: VARIANTS needs a row for each of {missing}"
+
+
+def test_every_field_has_its_line_of_help():
+    missing = [f.name for f in dataclasses.fields(HGRN2Config) if f"        {f.name}: " not in HGRN2Config.__doc__]
+    assert not missing, f"hgrn2/config.py: no line in HGRN2Config's Args for {missing}"
 
 
 @pytest.mark.parametrize(("field", "value", "more"), VARIANTS, ids=lambda x: str(x))
@@ -166,9 +172,24 @@ def test_every_field_changes_the_model(field, value, more):
         assert changed.config.impl == "reference"
         torch.testing.assert_close(out, other_out)
         return
-    assert shapes != other_shapes or not torch.allclose(out, other_out)
+    assert shapes != other_shapes or not torch.allclose(out, other_out), (
+        f"{field} changes nothing: hgrn2/mixer.py (or backbone.py, layers.py) has to use it"
+    )
     if value == "sync_batchnorm":
         assert any(getattr(module, "sync", False) for module in changed.modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("field", "value", "more"), [row for row in VARIANTS if row[0] != "scan"], ids=lambda x: str(x)
+)
+def test_decoding_knows_every_field(field, value, more):
+    backbone = randomised(tiny(**{field: value}, **more)).eval()
+    x = torch.randn(2, 5, backbone.config.dim)
+    state = backbone.init_state(2)
+    steps = torch.stack([backbone.step(x[:, t], state) for t in range(5)], 1)
+    message = f"hgrn2/mixer.py: step() and forward() differ with {field}={value}"
+    torch.testing.assert_close(steps, backbone(x), rtol=1e-4, atol=1e-5, msg=lambda text: f"{message}\n{text}")
 
 
 @pytest.mark.parametrize(

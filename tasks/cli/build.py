@@ -101,7 +101,8 @@ class TaskCLI(LightningCLI):
         for config in (request.given, self.layers):
             dataset = dataset or compose.at(config, "data.dataset") or compose.at(config, "data.init_args.dataset")
         self.classes = choose_classes(domain, self.layers, compose.task_file(request.task).parent, dataset)
-        self.layers = self.classes.flat(self.layers, f"task={request.task}")
+        inherited = self.classes.inherited(compose.load_layers(request.task))
+        self.layers = compose.merge(inherited, self.classes.flat(self.layers, f"task={request.task}"))
         request.given = self.classes.flat(request.given, "settings")
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:

@@ -10,7 +10,7 @@ from typing import Any
 from hgrn2.config import ConfigError
 from tasks import TASKS
 from tasks.base import Task
-from tasks.cli.compose import merge
+from tasks.cli.compose import merge, renamed
 from tasks.data import TaskData
 from tasks.dataset import find_class, options_of
 
@@ -49,11 +49,18 @@ class Classes:
         if found := {key: path for key, path in class_paths(config).items() if self.paths.get(key) != path}:
             key, path = next(iter(found.items()))
             raise ConfigError(f"{source}: its {key}.class_path={path}, the task's is {self.paths.get(key, 'our own')}")
-        flat = {key: _flat(value) if key in SECTIONS else value for key, value in config.items()}
-        for key in self.paths:  # base.yaml's, which a changed class has dropped
-            if "seed" in arguments_of(getattr(self, key)):
-                flat[key] = {"seed": "${seed}"} | flat.get(key, {})
-        return flat
+        return {key: _flat(value) if key in SECTIONS else value for key, value in config.items()}
+
+    def inherited(self, layers: list[dict[str, Any]]) -> dict[str, Any]:
+        """What stays of a task's files below a class_path, which drops the settings of the class before it: all of
+        them where the class is derived from the domain's own, else base.yaml's seed."""
+        found: dict[str, Any] = {}
+        for key, whole in zip(SECTIONS, TASKS.get(self.domain, ()), strict=False):
+            if key in self.paths and issubclass(getattr(self, key), whole):
+                for layer in layers:
+                    found = merge(found, {key: _flat(renamed(layer, str).get(key) or {})})
+        seeds = {key: {"seed": "${seed}"} for key in self.paths if "seed" in arguments_of(getattr(self, key))}
+        return merge(seeds, found)
 
     def saved(self, config: dict[str, Any]) -> dict[str, Any]:
         """`flat` undone, for a file."""

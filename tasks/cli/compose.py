@@ -144,6 +144,18 @@ def load_task(task: str) -> tuple[str | None, dict[str, Any]]:
 
     A task whose model is a person's own (`model.class_path`) may have no domain.
     """
+    config: dict[str, Any] = {}
+    for layer in load_layers(task):
+        config = merge(config, layer)
+    domain = config.pop("domain", None)
+    if domain is None and at(config, "model.class_path") is None:
+        needs = "'parent: NAME', 'domain: lm|vision|lra' or model.class_path"
+        raise ConfigError(f"{task_file(task)}: a task file needs {needs}")
+    return domain, config
+
+
+def load_layers(task: str) -> list[dict[str, Any]]:
+    """configs/base.yaml, the task's parents, its own file."""
     layers: list[dict[str, Any]] = []
     seen: list[Path] = []
     path = task_file(task)
@@ -156,14 +168,7 @@ def load_task(task: str) -> tuple[str | None, dict[str, Any]]:
         if parent is None:
             break
         path = task_file(str(parent), near=path.parent)
-    config = read(CONFIGS / "base.yaml")
-    for layer in reversed(layers):
-        config = merge(config, layer)
-    domain = config.pop("domain", None)
-    if domain is None and at(config, "model.class_path") is None:
-        needs = "'parent: NAME', 'domain: lm|vision|lra' or model.class_path"
-        raise ConfigError(f"{seen[-1]}: a task file needs {needs}")
-    return domain, config
+    return [read(CONFIGS / "base.yaml"), *reversed(layers)]
 
 
 def resolve(config: dict[str, Any]) -> dict[str, Any]:

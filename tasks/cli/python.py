@@ -51,6 +51,7 @@ def run(command: str = "fit", *, task: str, **overrides: Any) -> Result:
         raise ConfigError(f"task={task!r}: expected a name. Tasks: {', '.join(shipped_tasks())}")
     load_task(str(task))  # a mistake in the task's name is answered before the slow imports
     from tasks.cli.execute import execute
+    from tasks.progress import say
 
     words = [command, f"task={task}", *(f"{key}={value}" for key, value in overrides.items())]
     request = Request(command, str(task), given=nested(overrides), words=words)
@@ -59,6 +60,7 @@ def run(command: str = "fit", *, task: str, **overrides: Any) -> Result:
             return execute(request, signals)
         except Leave as leave:
             if leave.code == 0:
+                say(leave.message)
                 return leave.result
             if leave.code == 1:
                 raise RuntimeError(leave.message) from leave
