@@ -103,4 +103,4 @@ def test_its_settings_are_listed(capsys):
 
 def test_plain_pytorch():
     assert code_lines("plain_pytorch.py") <= 15
-    assert runpy.run_path("plain_pytorch.py")["loss"].item() < 1.0  # from log 8 = 2.08
+    assert runpy.run_path("plain_pytorch.py")["loss"].item() < 1.4  # from log 8 = 2.08

@@ -44,7 +44,9 @@ class Steps:
 
 
 class Own(ClassificationTask):
-    """Args:
+    """Classification.
+
+    Args:
         width: of the projection.
     """
 
@@ -57,12 +59,10 @@ class Own(ClassificationTask):
         width: int = 3,
     ):
         super().__init__(backbone, optim, seed, num_classes, 0.0)
-        self.model = nn.ModuleDict(
-            {"embed": nn.Linear(1, 8), "backbone": HGRN2Backbone(self.backbone_config), "head": nn.Linear(8, num_classes)}
-        )
+        self.model = nn.Sequential(nn.Linear(1, 8), HGRN2Backbone(self.backbone_config), nn.Linear(8, num_classes))
 
     def logits(self, batch):
-        return self.model["head"](self.model["backbone"](self.model["embed"](batch["x"][..., None]))[:, -1])
+        return self.model(batch["x"][..., None])[:, -1]
 
 
 class OwnData(TaskData):
@@ -187,7 +187,7 @@ def test_old_names_are_read_with_one_line(own, capsys, caplog):
     with caplog.at_level("INFO"):
         main(["task=lra", "data.task=listops", "--print_config"])
         main(["task=lm", f"--data.source={own}", "--print_config"])
-    first, second = capsys.readouterr().out.split("seed: 0\n", 1)
+    _, second = capsys.readouterr().out.split("seed: 0\n", 1)
     assert f"path: {own}" in second
     said = [record.getMessage() for record in caplog.records]
     assert said == ["data.task is called data.dataset now", "data.source is called data.path now"]

@@ -24,8 +24,8 @@ from tasks.cli import arguments as args
 from tasks.cli import compose
 from tasks.cli.checkpoints import Checkpoints
 from tasks.cli.choice import Choice, choose
-from tasks.cli.classes import choose_classes, class_paths
-from tasks.cli.explain import argument_types, by_setting, full_keys
+from tasks.cli.classes import arguments_of, choose_classes, class_paths
+from tasks.cli.explain import by_setting, full_keys
 from tasks.cli.help import settings
 from tasks.cli.lists import read_lists
 from tasks.cli.loggers import LOGGERS, make_loggers
@@ -84,7 +84,7 @@ class TaskCLI(LightningCLI):
         try:
             yield
         except ConfigError as error:
-            owned = argument_types(self.classes.model)
+            owned = {name: argument.annotation for name, argument in arguments_of(self.classes.model).items()}
             names = [name for name, hint in owned.items() if hint is error.of and dataclasses.is_dataclass(hint)]
             if not names:
                 raise
