@@ -129,6 +129,50 @@ def test_a_task_from_outside_runs_resumes_and_is_tested(own, capsys):
     assert loaded.hparams["width"] == 4
 
 
+def test_a_run_brings_the_data_set_that_was_typed_for_it(own, monkeypatch, capsys):
+    """A resume and a test need not repeat it, and may change its options."""
+    monkeypatch.chdir(own)
+    small = {
+        "model.backbone": {"dim": 16, "depth": 1, "expand_ratio": 4},
+        "trainer.accelerator": "cpu",
+        "logger": "csv",
+    }
+    steps = {"trainer.max_steps": 2, "trainer.val_check_interval": 2, "progress.style": "lines", "data.batch_size": 8}
+    (own / "own_tokens.py").write_text(
+        "from own_task import Steps\n\n\nclass Tokens(Steps):\n"
+        "    def __init__(self, split, high: int = 5):\n"
+        "        super().__init__(split)\n"
+        "        self.info, self.high = {'vocab_size': high, 'num_classes': 6}, high\n\n"
+        "    def get(self, index, rng):\n"
+        "        return {'tokens': [index % self.high] * 4, 'label': index % 6}\n"
+    )
+    result = run(task="lra", **small, **steps, **{"data.dataset": "own_tokens:Tokens", "data.high": 4})
+    main(["test", "task=lra", "trainer.accelerator=cpu"])
+    main(["task=lra", "resume=auto", "trainer.max_steps=3", "data.high=4"])
+    assert torch.load(result.folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+    assert "data.hihg: unknown key. Nearest: data.high" in refused(capsys, "task=lra", "resume=auto", "data.hihg=3")
+    (result.folder / "checkpoints" / "last.ckpt").unlink()
+    (result.folder / "checkpoints" / "best.ckpt").unlink()
+    other = ["data.dataset=listops", "data.train_size=64", "data.eval_size=10", "data.batch_size=8"]
+    main(["task=lra", "resume=auto", "trainer.fast_dev_run=1", *other])
+    assert "is another experiment (data.dataset=own_tokens:Tokens there" in capsys.readouterr().out
+
+
+def test_another_data_set_drops_the_options_of_the_one_before(own, capsys):
+    (own / "child.yaml").write_text("parent: lm\ndata: {dataset: 'own_task:Steps', length: 9}\n")
+    main([f"task={own / 'child.yaml'}", "--print_config"])  # lm.yaml's seq_len is not for it
+    data = yaml.safe_load(capsys.readouterr().out)["data"]
+    assert data["length"] == 9
+    assert data["batch_size"] == 16  # every data set's
+    assert "seq_len" not in data
+    main([f"task={own / 'child.yaml'}", "data.dataset=python", "--print_config"])
+    data = yaml.safe_load(capsys.readouterr().out)["data"]
+    assert data["seq_len"] == 256
+    assert "length" not in data
+    (own / "child.yaml").write_text("parent: lm\ndata: {dataset: 'own_task:Steps', lenght: 9}\n")
+    assert "data.lenght: unknown key. Nearest: data.length" in refused(capsys, f"task={own / 'child.yaml'}")
+
+
 def test_its_settings_are_settings(own, capsys):
     task = f"task={own / 'mine.yaml'}"
     main([task, "--help"])

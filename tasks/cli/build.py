@@ -50,19 +50,24 @@ class Done(Exception):
     """--help or --print_config has said everything."""
 
 
+class Afresh(Exception):
+    """The run that resume=auto found is not this experiment's: a new one has to be made, for the reason it says."""
+
+
 class TaskCLI(LightningCLI):
     """LightningCLI with our composition of files, run folders and checkpoints. It builds; tasks/cli/execute.py runs."""
 
-    def __init__(self, request: args.Request, signals: Signals) -> None:
+    def __init__(self, request: args.Request, signals: Signals, choice: Choice | None = None) -> None:
         self.request, self.signals = request, signals
         self.task = compose.task_name(request.task)
         domain, self.layers = compose.load_task(request.task)
         self.layers = compose.renamed(self.layers, rank_zero_info)
-        request.tokens = args.renamed(request.tokens, rank_zero_info)
-        request.given = compose.renamed(request.given, rank_zero_info)
-        self._choose_classes(domain)
-        self.choice = Choice()
+        self.tokens, paths = args.without_class_paths(args.renamed(request.tokens, rank_zero_info))
+        self.given = compose.renamed(request.given, rank_zero_info)
         self.folder: Path | None = None
+        self.root = Path(self._early("run_root") or "runs").expanduser()
+        self.choice = choice or self._decide()
+        self._choose_classes(domain, paths)
         self.fresh = False
         self.start_step = 0
         self.guard: Guard | None = None
@@ -91,19 +96,29 @@ class TaskCLI(LightningCLI):
             fields = [field.name for field in dataclasses.fields(error.of)]
             raise ConfigError(full_keys(str(error), fields, f"model.{names[0]}")) from error
 
-    def _choose_classes(self, domain: str | None) -> None:
+    def _early(self, key: str, *files: dict[str, Any]) -> Any:
+        """A setting whose value decides what other settings there are, before all of them are typed."""
+        typed = args.peek(self.tokens, key)
+        if typed is not None:
+            return None if typed in ("null", "") else typed
+        section, _, name = key.rpartition(".")
+        for config in (self.given, *(files or (compose.resolve(self.layers),))):
+            for spelling in (key, f"{section}.init_args.{name}"):
+                if (value := compose.at(config, spelling)) is not None:
+                    return value
+        return None
+
+    def _choose_classes(self, domain: str | None, typed_paths: dict[str, Any]) -> None:
         """The classes that files and command line name; what is left are their settings."""
-        request = self.request
-        request.tokens, typed_paths = args.without_class_paths(request.tokens)
-        for config in (typed_paths, {key: {"class_path": path} for key, path in class_paths(request.given).items()}):
-            self.layers = compose.merge(self.layers, config)
-        dataset = args.peek(request.tokens, "data.dataset")
-        for config in (request.given, self.layers):
-            dataset = dataset or compose.at(config, "data.dataset") or compose.at(config, "data.init_args.dataset")
-        self.classes = choose_classes(domain, self.layers, compose.task_file(request.task).parent, dataset)
-        inherited = self.classes.inherited(compose.load_layers(request.task))
-        self.layers = compose.merge(inherited, self.classes.flat(self.layers, f"task={request.task}"))
-        request.given = self.classes.flat(request.given, "settings")
+        given_paths = {key: {"class_path": path} for key, path in class_paths(self.given).items()}
+        for paths in (typed_paths, given_paths):
+            self.layers = compose.merge(self.layers, paths)
+        saved = compose.renamed(self.choice.saved() or {}, str)
+        dataset = self._early("data.dataset", saved, self.layers)
+        self.classes = choose_classes(domain, self.layers, compose.task_file(self.request.task).parent, dataset)
+        self.layers = self.classes.compose([*compose.load_layers(self.request.task), typed_paths, given_paths])
+        self.layers.pop("domain", None)
+        self.given = self.classes.flat(self.given, "settings")
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         return self.parser_class(prog=f"python train.py task={self.task}", description=None, **kwargs)
@@ -124,27 +139,24 @@ class TaskCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, _: Any) -> None:
         """Layers files and flags, then types the whole. Interpolations are resolved after the last layer."""
-        flags = args.to_flags(self.request.tokens, args.known_keys(parser))
-        args.unknown_in(self.request.given, parser, "")
+        flags = args.to_flags(self.tokens, args.known_keys(parser))
+        args.unknown_in(self.given, parser, "")
         lists = read_lists(flags)
         typed = args.typed_overrides(parser, lists.flags)
-        typed = compose.escape(compose.merge(typed, plain(self.request.given, "")))
-        once = {key: typed.pop(key, None) for key in OURS}
+        typed = compose.escape(compose.merge(typed, plain(self.given, "")))
+        for key in OURS:
+            typed.pop(key, None)
         args.unknown_in(self.layers, parser, f"task={self.request.task}: ")
-        root = Path(compose.resolve(compose.merge(self.layers, typed))["run_root"]).expanduser()
-        if not (self.request.help or self.request.print_config):
-            self.choice = self._decide(root, once)
         under = self._over_run()
 
         def final(under: dict[str, Any]) -> dict[str, Any]:
             return lists.add_names(compose.merge(lists.under(under, partial(args.typed_overrides, parser)), typed))
 
         config = final(under)
-        if self.choice.auto and self._is_another(under, config):
-            config = final(self.layers)
+        if self.choice.auto:
+            self._check_experiment(under, config)
         self._check_loggers(config, typed)
         resolved = compose.resolve(config)
-        self.root = root
         self.config = args.typed(parser, resolved)
         self.resolved = args.plain(parser, self.config)
         defaults = args.plain(parser, parser.get_defaults())
@@ -160,13 +172,15 @@ class TaskCLI(LightningCLI):
             sys.stdout.write(compose.to_yaml(self.classes.saved(self.resolved)))
             raise Done
 
-    def _decide(self, root: Path, once: dict[str, Any]) -> Choice:
+    def _decide(self) -> Choice:
         """Rank 0's choice of checkpoint and run: its children inherit it, ranks of other launchers see the same."""
         if _is_child() and DECISION in os.environ:
             decided = {key: value and Path(value) for key, value in json.loads(os.environ[DECISION]).items()}
             self.folder = decided["folder"]
             return Choice(decided["checkpoint"], decided["run"])
-        return choose(self.request.command, self.task, root, **once)
+        if self.request.help or self.request.print_config:
+            return Choice()
+        return choose(self.request.command, self.task, self.root, **{key: self._early(key, {}) for key in OURS})
 
     def _check_loggers(self, config: dict[str, Any], typed: dict[str, Any]) -> None:
         """``logger`` and trainer.logger are one setting, and must not contradict each other."""
@@ -190,19 +204,18 @@ class TaskCLI(LightningCLI):
             saved = {key: saved[key] for key in ("model", "data", "seed") if key in saved}
         return compose.over_saved(self.layers, saved)
 
-    def _is_another(self, *configs: dict[str, Any]) -> bool:
-        """Whether what was typed makes another experiment of the run that resume=auto found: never continued."""
+    def _check_experiment(self, *configs: dict[str, Any]) -> None:
+        """What was typed must not make another experiment of the run that resume=auto found: it is never continued."""
         then, now = (args.plain(self.parser, args.typed(self.parser, compose.resolve(config))) for config in configs)
         if not (other := other_experiment(then, now)):
-            return False
+            return
         run = self.choice.run
         if self.choice.checkpoint:
             raise ConfigError(
                 f"resume=auto: the newest run {run} is another experiment: {other}. run={run} continues it with "
                 "these settings; without resume=auto a new run starts"
             )
-        self.choice = Choice(note=f"{run} has no checkpoint and is another experiment ({other}): starting a new run")
-        return True
+        raise Afresh(f"{run} has no checkpoint and is another experiment ({other}): starting a new run")
 
     def _set_seed(self) -> None:
         seed = self.config["seed"]

@@ -10,7 +10,7 @@ from typing import Any
 from hgrn2.config import ConfigError
 from tasks import TASKS
 from tasks.base import Task
-from tasks.cli.compose import merge, renamed
+from tasks.cli.compose import CONFIGS, at, merge, renamed
 from tasks.data import TaskData
 from tasks.dataset import find_class, options_of
 
@@ -25,6 +25,7 @@ class Classes:
     paths: dict[str, str]  # section -> class_path, for a person's own
     model: type[Task]
     data: type[TaskData]
+    name: str | None  # of the data set
     dataset: type | None
     options: dict[str, Parameter]  # of the data set: settings beside those of `data`
 
@@ -49,18 +50,42 @@ class Classes:
         if found := {key: path for key, path in class_paths(config).items() if self.paths.get(key) != path}:
             key, path = next(iter(found.items()))
             raise ConfigError(f"{source}: its {key}.class_path={path}, the task's is {self.paths.get(key, 'our own')}")
-        return {key: _flat(value) if key in SECTIONS else value for key, value in config.items()}
+        return self._of_this_data_set(_flat(config))
 
-    def inherited(self, layers: list[dict[str, Any]]) -> dict[str, Any]:
-        """What stays of a task's files below a class_path, which drops the settings of the class before it: all of
-        them where the class is derived from the domain's own, else base.yaml's seed."""
-        found: dict[str, Any] = {}
-        for key, whole in zip(SECTIONS, TASKS.get(self.domain, ()), strict=False):
-            if key in self.paths and issubclass(getattr(self, key), whole):
-                for layer in layers:
-                    found = merge(found, {key: _flat(renamed(layer, str).get(key) or {})})
+    def compose(self, layers: list[dict[str, Any]]) -> dict[str, Any]:
+        """A task's files on top of each other, flat.
+
+        A changed class_path drops the settings of the class before it, unless the last class is derived from the
+        domain's own; a changed data set drops the options of the one before it.
+        """
+        config: dict[str, Any] = {}
+        before: dict[str, str] = {}
+        kept = {key for key, own in zip(SECTIONS, TASKS.get(self.domain, ()), strict=False) if self._derives(key, own)}
+        for layer in layers:
+            layer = renamed(layer, str)
+            for key, path in class_paths(layer).items():
+                if path != before.setdefault(key, "") and key not in kept:
+                    config[key] = {}
+                before[key] = path
+            layer = _flat(layer)
+            if at(layer, "data.dataset") not in (None, at(config, "data.dataset")) and "data" in config:
+                config["data"] = self._without_options(config["data"])
+            config = merge(config, layer)
         seeds = {key: {"seed": "${seed}"} for key in self.paths if "seed" in arguments_of(getattr(self, key))}
-        return merge(seeds, found)
+        return self._of_this_data_set(merge(seeds, config))
+
+    def _derives(self, key: str, own: type) -> bool:
+        return issubclass(getattr(self, key), own)
+
+    def _of_this_data_set(self, config: dict[str, Any]) -> dict[str, Any]:
+        if self.dataset is None or at(config, "data.dataset", self.name) == self.name:
+            return config
+        return config | {"data": self._without_options(config["data"])}
+
+    def _without_options(self, data: dict[str, Any]) -> dict[str, Any]:
+        """The settings of another data set, without those that only it has: files and options."""
+        known = {*arguments_of(self.data), *self.options} - {"path"}
+        return {key: value for key, value in data.items() if key in known}
 
     def saved(self, config: dict[str, Any]) -> dict[str, Any]:
         """`flat` undone, for a file."""
@@ -74,11 +99,13 @@ def class_paths(config: dict[str, Any]) -> dict[str, str]:
     return {key: section["class_path"] for key, section in sections.items() if "class_path" in section}
 
 
-def _flat(section: Any) -> Any:
-    if not isinstance(section, dict):
-        return section
-    rest = {key: value for key, value in section.items() if key not in ("class_path", "init_args")}
-    return merge(section.get("init_args") or {}, rest)
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    flat = dict(config)
+    for key in SECTIONS:
+        if isinstance(section := config.get(key), dict):
+            rest = {name: value for name, value in section.items() if name not in ("class_path", "init_args")}
+            flat[key] = merge(section.get("init_args") or {}, rest)
+    return flat
 
 
 def choose_classes(domain: str | None, config: dict[str, Any], near: Path, dataset: str | None) -> Classes:
@@ -86,7 +113,7 @@ def choose_classes(domain: str | None, config: dict[str, Any], near: Path, datas
     if domain is not None and domain not in TASKS:
         raise ConfigError(f"domain={domain}: must be one of {', '.join(TASKS)}")
     paths = class_paths(config)
-    if paths and str(near) not in sys.path:
+    if near != CONFIGS and str(near) not in sys.path:
         sys.path.append(str(near))
     model, data = TASKS[domain] if domain else (Task, TaskData)
     found = {"model": model, "data": data}
@@ -95,20 +122,19 @@ def choose_classes(domain: str | None, config: dict[str, Any], near: Path, datas
         if not issubclass(found[key], SECTIONS[key]):
             base = SECTIONS[key]
             raise ConfigError(f"{key}.class_path={path}: must be a subclass of {base.__module__}.{base.__name__}")
-    dataset_class, options = _choose_dataset(found["data"], dataset)
-    return Classes(domain, paths, found["model"], found["data"], dataset_class, options)
+    return Classes(domain, paths, found["model"], found["data"], *_choose_dataset(found["data"], dataset))
 
 
-def _choose_dataset(data: type[TaskData], name: str | None) -> tuple[type | None, dict[str, Parameter]]:
-    """The data set's class and options; none where a person's data module takes no `dataset`."""
+def _choose_dataset(data: type[TaskData], name: str | None) -> tuple[str | None, type | None, dict[str, Parameter]]:
+    """The data set's name, class and options; none where a person's data module takes no `dataset`."""
     own = arguments_of(data)
     if not {"dataset", "options"} <= own.keys():
-        return None, {}
+        return None, None, {}
     name, found = data.choose(own["dataset"].default if name is None else name)
     options = options_of(found)
     if both := options.keys() & own.keys():
         raise ConfigError(f"data.dataset={name}: its option {', '.join(both)} has the name of one of data's own")
-    return found, options
+    return name, found, options
 
 
 def _described(kind: type, arguments: dict[str, Parameter], doc: str | None) -> type:

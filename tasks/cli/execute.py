@@ -14,7 +14,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from hgrn2.config import ConfigError
 from tasks.cli.arguments import Request
-from tasks.cli.build import DECISION, Done, TaskCLI
+from tasks.cli.build import DECISION, Afresh, Done, TaskCLI
+from tasks.cli.choice import Choice
 from tasks.cli.python import Result
 from tasks.cli.refusals import refusal
 from tasks.cli.report import fit_summary, save_results
@@ -121,7 +122,10 @@ def execute(request: Request, signals: Signals) -> Result | None:
         warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")  # callbacks that only a fit has
     cli = None
     try:
-        cli = TaskCLI(request, signals)
+        try:
+            cli = TaskCLI(request, signals)
+        except Afresh as afresh:
+            cli = TaskCLI(request, signals, Choice(note=str(afresh)))
         with cli.full_keys():
             return result_of(cli, _run(cli))
     except Done:
