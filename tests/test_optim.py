@@ -127,7 +127,8 @@ def test_clipping(algorithm, limit, tmp_path):
                 seen["norm"] = torch.nn.utils.get_total_norm(grads).item()
                 seen["value"] = max(g.abs().max().item() for g in grads)
 
-    task, data = TASKS["vision"][0](), TASKS["vision"][1]()
+    data = TASKS["vision"][1](batch_size=64)
+    task = TASKS["vision"][0](**data.info)
     trainer = Trainer(
         default_root_dir=tmp_path, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, max_steps=2, limit_val_batches=0, log_every_n_steps=1,
