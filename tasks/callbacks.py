@@ -90,7 +90,8 @@ class ModelParts(ModelSummary):
         table.columns[0].justify = "left"
         for row, name in enumerate(columns["Name"]):
             part = name.removeprefix("model.")
-            if part != name and "." not in part:  # and no losses, metrics or wholes
+            # no losses, no metrics, no wholes, no dropout
+            if part != name and "." not in part and columns["Params"][row].strip() != "0":
                 table.add_row(part, *(columns[column][row] for column in shown))
         get_console().print(table)
 

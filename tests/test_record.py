@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import pty
 import re
@@ -12,6 +13,7 @@ import struct
 import subprocess
 import sys
 import termios
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +28,7 @@ from tensorboard.plugins.hparams import metadata
 from hgrn2 import HGRN2Config
 from hgrn2.config import ConfigError
 from tasks import callbacks
-from tasks.cli import compose, main
+from tasks.cli import compose, execute, main
 from tasks.cli.report import already_done
 from tasks.progress import Progress, duration, rate
 from tasks.vision.module import VisionTask
@@ -84,7 +86,8 @@ def test_a_resume_repeats_and_loses_no_event(run):
     tags = events(run).Tags()
     assert steps(run, "val/loss") == [1, 3, 5]
     assert [image.step for image in events(run).Images("viz/memory_horizon/map")] == [1, 3, 5]
-    assert set(steps(run, "val/acc_best")) <= {1, 3, 5}
+    assert set(steps(run, "train/best_val_acc")) <= {1, 3, 5}
+    assert sorted(tags["scalars"]).index("train/best_val_acc") < 5  # HPARAMS shows the first five
     assert tags["histograms"]
 
 
@@ -186,6 +189,35 @@ def test_the_start_is_quiet(here):
     assert "deprecated" not in said
 
 
+def test_noise_is_left_out_and_nothing_else():
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        execute._quiet()
+        for module in ("lightning.pytorch.utilities._pytree", "torchmetrics.metric", "my_own.module"):
+            warnings.warn_explicit("deprecated", FutureWarning, "file.py", 1, module)
+            warnings.warn_explicit("look", UserWarning, "file.py", 2, module)
+    assert [str(warning.message) for warning in shown] == ["look", "look", "deprecated", "look"]
+
+    def is_noise(message):
+        return not execute._not_noise(logging.makeLogRecord({"msg": message}))
+
+    assert is_noise("Using bfloat16 Automatic Mixed Precision (AMP)")
+    assert is_noise("Initializing distributed: GLOBAL_RANK: 1, MEMBER: 2/2")
+    assert not is_noise("Initializing distributed: GLOBAL_RANK: 0, MEMBER: 1/2")
+    assert not is_noise("Time limit reached.")
+
+
+def test_the_summary_is_of_the_models_parts(capsys):
+    rows = [("model", "M", "9"), ("model.head", "Linear", "9"), ("model.head.x", "X", "9"), ("losses", "L", "0")]
+    rows += [("model.dropout", "Dropout", "0  ")]
+    data = [(column, [row[i] for row in rows]) for i, column in enumerate(("Name", "Type", "Params"))]
+    callbacks.ModelParts.summarize([*data, ("FLOPs", ["0"] * 5)], 9, 9, 0.0, {}, total_flops=0)
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["Part", "Type", "Params"],
+        ["head", "Linear", "9"],
+    ]
+
+
 def test_a_test_is_kept_and_names_its_checkpoint_once(run, capsys):
     main(["test", "task=vision", "trainer.accelerator=cpu", "progress.style=lines"])
     out, err = capsys.readouterr()
@@ -246,11 +278,11 @@ def test_a_resumed_run_continues_its_record(here, tmp_path, monkeypatch, capsys)
     # of a run of an earlier version
     old |= {"lr_monitor": {"logging_interval": None}, "progress": {"refresh_rate": 10, "leave": False}}
     (run / "config.yaml").write_text("# task: vision\n" + yaml.safe_dump(old))
-    best = events(run).Scalars("val/acc_best")
+    best = events(run).Scalars("train/best_val_acc")
     main(["task=vision", f"run={run}", "trainer.max_steps=8"])
     assert steps(run, "val/loss") == [1, 3, 5, 7]
     assert steps(run, "train/lr") == [1, 3, 5, 7]
-    assert events(run).Scalars("val/acc_best")[: len(best)] == best
+    assert events(run).Scalars("train/best_val_acc")[: len(best)] == best
     assert [image.step for image in events(run).Images("viz/memory_horizon/map")] == [1, 3, 5, 7]
     assert hparams(run)["model.optim.lr"] == 2e-3
     out = capsys.readouterr().out

@@ -236,8 +236,8 @@ class Checkpoints(Checkpoint):
         self.scores = {key: value for key, value in logged.items() if math.isfinite(value)} | {self.monitor: score}
         self.best_step = trainer.global_step
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):  # for its HPARAMS tab
-                logger.log_metrics({f"{self.monitor}_best": score}, logged_step(trainer))
+            if isinstance(logger, TensorBoardLogger):  # among the first of HPARAMS' metrics, which are those it shows
+                logger.log_metrics({f"train/best_{self.monitor.replace('/', '_')}": score}, logged_step(trainer))
                 logger.save()
         trainer.save_checkpoint(self.best_model_path, weights_only=False)
         if whole_step:

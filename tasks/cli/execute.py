@@ -28,6 +28,11 @@ NOISE = (
     *("💡", "GPU available", "TPU available", "`weights_only`", "Trainer already configured with model summary"),
     *("Restoring states from the checkpoint", "Restored all states from", "Loaded model weights from"),
     *("`Trainer.fit` stopped: `max_steps", "`Trainer.fit` stopped: `max_epochs"),
+    *("-----", "Using bfloat16 Automatic Mixed Precision", "Using 16bit Automatic Mixed Precision"),
+)
+LOUD = (
+    *("pytorch.utilities.rank_zero", "pytorch.trainer.connectors.checkpoint_connector"),
+    *("fabric.utilities.rank_zero", "fabric.utilities.distributed"),
 )
 # A dependency's use of another's deprecated parts is no business of a person who trains.
 DEPENDENCIES = r"(lightning|torch|torchmetrics|torchvision|timm|jsonargparse|tensorboard)\."
@@ -108,16 +113,26 @@ def _text(path: Path | None) -> str | None:
 
 def _not_noise(record: logging.LogRecord) -> bool:
     """Without advertising, and without what our own lines say better."""
-    return not record.getMessage().startswith(NOISE)
+    message = record.getMessage()
+    # one rank is enough to see that they are waiting for one another
+    repeated = message.startswith("Initializing distributed") and "RANK: 0," not in message
+    return not (message.startswith(NOISE) or repeated)
+
+
+def _quiet() -> None:
+    """Lightning's and its dependencies' noise, as narrow as it can be said."""
+    for name in LOUD:
+        logging.getLogger(f"lightning.{name}").addFilter(_not_noise)
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=DEPENDENCIES)
+    warnings.filterwarnings("ignore", "The number of training batches")  # of an epoch: check_loop looks at the run
+    # of a size in MB that our summary does not show
+    warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
 
 
 def execute(request: Request, signals: Signals) -> Result | None:
     """Builds and runs."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.checkpoint_connector"):
-        logging.getLogger(name).addFilter(_not_noise)
-    for category in (FutureWarning, DeprecationWarning):
-        warnings.filterwarnings("ignore", category=category, module=DEPENDENCIES)
-    warnings.filterwarnings("ignore", "The number of training batches")  # of an epoch: check_loop looks at the run
+    _quiet()
     if request.command != "fit":
         warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")  # callbacks that only a fit has
     cli = None
