@@ -78,6 +78,8 @@ def printed(capsys, *argv):
         (["trainer.logger=true", "logger=csv"], "trainer.logger=true: write logger=NAME"),
         (["trainer.logger=false", "logger=csv"], "trainer.logger=false and logger=csv contradict each other"),
         (["seed+=3"], "seed+=3: += adds to trainer.callbacks"),
+        (["trainer=3"], "trainer=3: trainer is a group of settings, each set by trainer.NAME=VALUE"),
+        (["model.backbone=tiny"], "model.backbone=tiny: model.backbone is a group of settings"),
         (["run=no\nwhere"], "run=no where: no run folder there"),
         (["run=\udcff\x1b[0m"], r"run=\udcff"),
     ],
@@ -138,7 +140,7 @@ def test_the_trainers_words_get_their_settings():
     assert explain.by_setting("trainer.max_steps=30 is bad", settings) == "trainer.max_steps=30 is bad"
     assert explain.by_setting("something else", settings) == "something else"
     callbacks = {"callbacks": [{"class_path": "a.b.Timer"}, {"class_path": "a.Bar"}]}
-    assert explain.by_setting("two `callbacks`", callbacks) == "trainer.callbacks=Timer,Bar: two `callbacks`"
+    assert explain.by_setting("two `callbacks`", callbacks) == "trainer.callbacks=[Timer,Bar]: two `callbacks`"
 
 
 def test_whole_numbers_in_another_spelling(capsys, tmp_path):

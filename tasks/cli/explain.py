@@ -50,6 +50,8 @@ def short(message: str, hints: dict[str, Any]) -> str:
     """One line out of jsonargparse's several."""
     message = re.sub(r"\x1b\[[0-9;]*m", "", message)
     lines = [line.strip() for line in message.splitlines() if line.strip()]
+    if group := re.search(r"Parser key \"([^\"]+)\": *Unable to load config [\"'](.*)[\"']", message):
+        return f"{group[1]}={group[2]}: {group[1]} is a group of settings, each set by {group[1]}.NAME=VALUE"
     key = re.search(r'[Kk]ey "([^"]+)"', message)
     if key is None:
         return " ".join(lines)
@@ -141,7 +143,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, list):
-        return ",".join(map(_plain, value))
+        return f"[{','.join(map(_plain, value))}]"
     if isinstance(value, dict) and "class_path" in value:
         return value["class_path"].rpartition(".")[2]
     return str(value) if isinstance(value, str | int | float) else type(value).__name__
