@@ -72,6 +72,11 @@ KILLS = {
         [*BY_EPOCHS, "trainer.val_check_interval=0.5", *ACCUMULATE],
         dict(at=9, where="end"),
     ),
+    "vision, averaged weights": (
+        "vision",
+        [*BY_STEPS, "trainer.callbacks=EMAWeightAveraging"],
+        dict(at=10, where="end"),
+    ),
     "vision, after a validation inside an accumulation": ("vision", INSIDE, dict(at=12, where="start")),
     "lra, in a validation inside an accumulation": ("lra", INSIDE, dict(at=1, where="val")),
     "lra, after one inside the first accumulation": (

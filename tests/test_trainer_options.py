@@ -34,7 +34,7 @@ TABLE = {
     "num_nodes": ["test_refused_by_lightning"],
     "precision": ["test_precision", "test_refused", "test_refused_by_lightning"],
     "logger": ["test_logger"],
-    "callbacks": ["test_resume.py::test_kill_9_and_resume"],
+    "callbacks": ["test_refused_callbacks", "test_resume.py::test_kill_9_and_resume"],
     "fast_dev_run": ["test_fast_dev_run", "test_refused"],
     "max_epochs": ["test_length", "test_refused"],
     "min_epochs": ["test_refused", "test_refused_by_the_epochs_length"],
@@ -206,6 +206,13 @@ def test_all_defaults_pass_and_all_problems_are_named_at_once():
     check_trainer("test", DEFAULTS | {"precision": "16-true", "max_steps": 0}, resumes=True)  # not of a test
     with pytest.raises(ConfigError, match=r"max_steps=0.*max_epochs=0"):
         check_trainer("fit", DEFAULTS | {"max_steps": 0, "max_epochs": 0}, resumes=False)
+
+
+@pytest.mark.parametrize("name", ["LearningRateFinder", "BatchSizeFinder", "StochasticWeightAveraging"])
+def test_refused_callbacks(name, folder, capsys):
+    """They change what the run's record says, or what a resume repeats."""
+    more = ["trainer.callbacks.swa_lrs=0.1"] if "Averaging" in name else []
+    assert f"trainer.callbacks={name}: " in refused(capsys, *VISION, f"trainer.callbacks={name}", *more)
 
 
 @pytest.mark.parametrize("plugin", [AsyncCheckpointIO(), TorchSyncBatchNorm(), DoublePrecision()])

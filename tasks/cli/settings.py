@@ -12,10 +12,18 @@ from typing import Any
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.plugins import LayerSync, Precision
 
 from hgrn2.config import ConfigError, check
+from tasks.cli.compose import listed
 from tasks.progress import total_steps
 
 LIMIT_OF = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
@@ -56,14 +64,27 @@ def check_trainer(command: str, settings: dict[str, Any], resumes: bool) -> None
         problems.append(f"trainer.default_root_dir={settings['default_root_dir']}: run_root says where runs are kept")
     if settings["model_registry"] is not None:
         problems.append(f"trainer.model_registry={settings['model_registry']}: only Lightning's cloud has one")
-    problems += _plugin_problems(settings) + _profiler_problems(settings["profiler"])
+    problems += _callback_problems(settings) + _plugin_problems(settings) + _profiler_problems(settings["profiler"])
     if command == "fit":
         problems += _fit_problems(settings, resumes)
     check(problems)
 
 
+def _callback_problems(settings: dict[str, Any]) -> list[str]:
+    reasons = {
+        LearningRateFinder: "the learning rate is model.optim.lr: a run's record must show it",
+        BatchSizeFinder: "the batch is data.batch_size: a run's record must show it",
+        StochasticWeightAveraging: "it replaces the schedule, and no resume repeats that; EMAWeightAveraging works",
+    }
+    return [
+        f"trainer.callbacks={type(callback).__name__}: {reason}"
+        for callback in listed(settings["callbacks"])
+        for kind, reason in reasons.items()
+        if isinstance(callback, kind)
+    ]
+
+
 def _plugin_problems(settings: dict[str, Any]) -> list[str]:
-    plugins = settings["plugins"] if isinstance(settings["plugins"], list) else [settings["plugins"]]
     reasons = {
         CheckpointIO: "checkpoints are files that only the trainer's own writer replaces atomically",
         LayerSync: "norms are synchronised by trainer.sync_batchnorm=true",
@@ -71,7 +92,7 @@ def _plugin_problems(settings: dict[str, Any]) -> list[str]:
     }
     return [
         f"trainer.plugins={type(plugin).__name__}: {reason}"
-        for plugin in plugins
+        for plugin in listed(settings["plugins"])
         for kind, reason in reasons.items()
         if isinstance(plugin, kind) and not (kind is Precision and settings["precision"] is None)
     ]
