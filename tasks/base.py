@@ -172,7 +172,7 @@ class Task(LightningModule):
         check(problems)
         keep_masked_norms(self.trainer)
         if stage == "fit" and hasattr(data, "example"):
-            self.example_input_array = data.example()
+            self.example_input_array = self.trainer.precision_plugin.convert_input(data.example())  # as a step's batch
 
     def forward(self, **batch: Any) -> dict[str, Tensor]:
         """`compute` for Lightning's model summary, whose FLOP counter goes with no compiled module."""

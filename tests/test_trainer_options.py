@@ -304,7 +304,7 @@ def test_changes_nothing(argv, plain):
     ("precision", "dtype"), [("64-true", torch.float64), ("bf16-true", torch.bfloat16), ("bf16-mixed", None)]
 )
 def test_precision(precision, dtype, plain):
-    other = fit(f"trainer.precision={precision}")
+    other = fit(f"trainer.precision={precision}", "trainer.enable_model_summary=true")
     assert set(other["dtype"]) == {dtype or torch.float32}
     assert other["loss"] == pytest.approx(plain["loss"], rel=1e-5 if dtype == torch.float64 else 0.02)
     assert other["loss"] != plain["loss"]
