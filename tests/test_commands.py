@@ -10,7 +10,11 @@ from in_process import run
 from launch import REPO
 from PIL import Image
 
+import tasks
+from tasks.cli.compose import merge
 from tasks.cli.help import OVERVIEW
+from tasks.cli.python import nested
+from tasks.cli.python import run as real
 
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 PROGRAMS = ("python", "hgrn2", "make", "tensorboard", "torchrun", "pip", "bash", "pytest")
@@ -86,12 +90,13 @@ def small(task: str, folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with a run of each demo, the task files that the pages show, some Python source, some images."""
+    """A folder with a run of each demo, the task files that the pages show, the examples, and some code and images."""
     folder = tmp_path_factory.mktemp("trained")
     for page in PAGES:
         for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
             if name := re.match(r"# (\w+\.yaml)", block):
                 (folder / name[1]).write_text(block)
+    shutil.copytree(REPO / "examples", folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "my.yaml").write_text("parent: vision\n")
     (folder / "code").mkdir()
     for i in range(150):
@@ -129,10 +134,13 @@ def test_shown_commands_run(command, trained, tmp_path, monkeypatch, capsys):
         words = [word.replace("TIMESTAMP", (runs.is_dir() and next(runs.iterdir()).name) or "") for word in words]
         continues = any(word.startswith(("resume=", "run=", "ckpt_path=")) for word in words)
         typed = {word.partition("=")[0].removeprefix("--") for word in words}
-        tiny = [*SMALL, *DATA[domain(task, folder)]]
+        # another data set has options of its own
+        data = ["data.batch_size=16"] if "data.dataset" in typed else DATA[domain(task, folder)]
         # what a command is about stays: its own data, and the model where it has to fit another
         tiny = [
-            word for word in tiny if not word.startswith(("data.", "logger")) or word.partition("=")[0] not in typed
+            word
+            for word in [*SMALL, *data]
+            if not word.startswith(("data.", "logger")) or word.partition("=")[0] not in typed
         ]
         words += tiny + [f"trainer.max_steps={3 if continues else 2}"]
     before = len(list(folder.glob("runs/*/*")))
@@ -144,3 +152,31 @@ def test_shown_commands_run(command, trained, tmp_path, monkeypatch, capsys):
         assert list(folder.glob("runs/*/*/checkpoints/last.ckpt"))
     assert len(list(folder.glob("runs/*/*"))) - before == (fits and not continues)
     assert out
+
+
+PYTHON = {
+    f"{page.stem}-{i}": block
+    for page in PAGES
+    for i, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL))
+}
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_shown_python_runs(name, trained, tmp_path, monkeypatch):
+    folder = tmp_path / "here"
+    shutil.copytree(trained, folder)
+    monkeypatch.chdir(folder)
+    text = PYTHON[name]
+    for task in DATA:
+        text = text.replace(f"runs/{task}/TIMESTAMP", next((folder / "runs" / task).iterdir()).as_posix())
+
+    def tiny(command, *, task, **overrides):
+        own = SMALL + DATA[task] if command == "fit" else SMALL[:3]
+        settings = dict(word.split("=", 1) for word in own) | {"trainer.limit_test_batches": 1, "data.path": "code"}
+        given = nested(overrides)
+        if command == "fit":
+            given = merge(given, {"trainer": {"max_steps": 2}})
+        return real(command, task=task, **merge(nested(settings), given))
+
+    monkeypatch.setattr(tasks, "run", tiny, raising=False)
+    exec(compile(text, name, "exec"), {"__name__": "shown"})
