@@ -91,6 +91,12 @@ class MeanLoss(Metric):
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
+    def _apply(self, *args: Any, **kwargs: Any) -> "MeanLoss":
+        """The sum stays fp64 where the model becomes bf16 (trainer.precision=bf16-true): it would soon stop growing."""
+        super()._apply(*args, **kwargs)
+        self.total, self._defaults["total"] = self.total.double(), self._defaults["total"].double()
+        return self
+
     def update(self, total: Tensor, count: Tensor) -> None:
         self.total += total.detach()
         self.count += count

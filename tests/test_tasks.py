@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.model_summary import ModelSummary
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hgrn2 import ConfigError, HGRN2Backbone, HGRN2Config
+from tasks.base import MeanLoss
 from tasks.callbacks import (
     GarbageCollection,
     MemoryHorizon,
@@ -172,6 +173,15 @@ def test_a_nan_in_evaluation_shows(make, tmp_path):
     task.compute = broken_on_the_last_batch
     results = quiet_trainer(tmp_path).test(task, data, verbose=False)[0]
     assert math.isnan(results["test/loss"])
+
+
+def test_the_mean_loss_of_a_bf16_model_is_of_all_batches():
+    (losses,) = torch.nn.ModuleList([MeanLoss()]).to(torch.bfloat16)
+    for _ in range(2):  # also after a reset
+        for _ in range(1000):
+            losses.update(torch.tensor(3.0), torch.tensor(1))
+        assert losses.compute() == 3
+        losses.reset()
 
 
 def test_logging_can_be_switched_off(make, tmp_path):
