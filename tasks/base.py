@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
@@ -221,11 +222,17 @@ class Task(LightningModule):
     ) -> None:
         """As Lightning, which refuses a fused optimiser in bf16-mixed (where nothing is scaled, so nothing is wrong),
         and the norm of all gradients is computed once for clipping and logging. Nothing waits for the device."""
+        if isinstance(self.trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+            # Gradients are shards in disguise: their norm is one rank's. Lightning refuses, or leaves it to DeepSpeed.
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
         logs = self.logs_step
         by_norm = gradient_clip_val and gradient_clip_algorithm != "value"
         parameters = [p for p in self.parameters() if p.grad is not None]
         if by_norm or logs:
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+            if hasattr(norm, "full_tensor"):  # of DTensors: the norm over all shards
+                norm = norm.full_tensor()
             if logs:
                 self.log("train/grad_norm", norm)
                 self.log("train/lr", optimizer.param_groups[0]["lr"])  # all groups have the same

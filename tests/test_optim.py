@@ -1,10 +1,14 @@
 """Parameter groups and schedules."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.plugins import FSDPPrecision
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from hgrn2 import ConfigError
@@ -139,3 +143,21 @@ def test_clipping(algorithm, limit, tmp_path):
     assert logged > 0.01
     if limit is not None:
         assert 0.9 * limit < seen[algorithm] <= 1.001 * limit
+
+
+def test_lightning_refuses_to_clip_the_shards_of_fsdp_by_their_own_norm(monkeypatch):
+    """The norm of one rank's shards is not the gradients'."""
+    task = TASKS["vision"][0](num_classes=2, img_size=8, in_chans=1)
+    strategy = FSDPStrategy(precision_plugin=FSDPPrecision("32-true"))
+    monkeypatch.setattr(
+        type(task),
+        "trainer",
+        SimpleNamespace(
+            strategy=strategy,
+            precision_plugin=strategy.precision_plugin,
+            gradient_clip_val=1.0,
+            gradient_clip_algorithm=None,
+        ),
+    )
+    with pytest.raises(MisconfigurationException, match="gradient_clip_algorithm='norm'"):
+        task.configure_gradient_clipping(torch.optim.SGD(task.parameters(), 0.1), 1.0, "norm")
