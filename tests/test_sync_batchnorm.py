@@ -33,7 +33,7 @@ def one_step(folder, **options) -> tuple[LRATask, list]:
     seed_everything(0)
     size = dict(dim=16, depth=2, expand_ratio=2, glu_width=16)
     backbone = HGRN2Config(**size, scan="bidirectional", norm="batchnorm", mixer_norm="rmsnorm", final_norm="rmsnorm")
-    task = Watch(backbone, OptimConfig(schedule="constant"))
+    task = Watch(backbone, OptimConfig(schedule="constant"), vocab_size=17, num_classes=10)
     batch = {"tokens": torch.randint(2, 17, (8, 16)), "lengths": torch.arange(9, 17), "label": torch.arange(8)}
     rows = [{key: value[i] for key, value in batch.items()} for i in range(8)]
     trainer = Trainer(
