@@ -21,7 +21,7 @@ from hgrn2.ops import choose_impl
 from tasks.layer_sync import keep_masked_norms
 from tasks.optim import OptimConfig, build_optimizer, follow, may_fuse
 from tasks.schedule import Length, plan, run_length, unfinished
-from tasks.seeds import Stream, seed_globals
+from tasks.seeds import Stream, seed_globals, sequence
 
 EVAL_STAGES = ("val", "test")
 IGNORED = -1  # the target of a sample that no metric counts
@@ -191,7 +191,7 @@ class Task(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         processed = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
         # dropout is a function of where training stands, so that a resumed step repeats its loss exactly
-        seed_globals(self.seed, Stream.STEP, processed, self.global_rank, devices=True)
+        seed_globals(sequence(self.seed, Stream.STEP, processed, self.global_rank), devices=True)
 
     @property
     def logs_step(self) -> bool:

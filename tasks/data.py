@@ -19,14 +19,14 @@ from tasks.base import plain
 from tasks.cli.signals import outlive_signals
 from tasks.dataset import SPLITS, Dataset, KeyedDataset, SampleKey, check_options, find_dataset
 from tasks.schedule import limited
-from tasks.seeds import Stream, generator
+from tasks.seeds import Stream, sequence
 
 SPLITS_OF = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     """The permutation of `size` samples that epoch `epoch` visits."""
-    return generator(seed, Stream.ORDER, epoch).permutation(size)
+    return np.random.default_rng(sequence(seed, Stream.ORDER, epoch)).permutation(size)
 
 
 class TrainOrder:

@@ -17,7 +17,7 @@ import torch
 from torch.utils import data
 
 from hgrn2.config import ConfigError, check
-from tasks.seeds import Stream, generator, seed_globals
+from tasks.seeds import Stream, seed_globals, sequence
 
 SPLITS = ("train", "val", "test")
 
@@ -99,9 +99,9 @@ class KeyedDataset(data.Dataset):
         return self.__getitems__([key])[0]
 
     def _get(self, key: SampleKey) -> dict[str, Any]:
-        place = (self.seed, Stream.SAMPLE, key.epoch, key.index)
-        seed_globals(*place, devices=False)
-        rng = generator(*place) if self.train else None
+        place = sequence(self.seed, Stream.SAMPLE, key.epoch, key.index)
+        seed_globals(place, devices=False)
+        rng = np.random.default_rng(place) if self.train else None
         return {**self.dataset.get(key.index, rng), "valid": key.valid}
 
     def __len__(self) -> int:

@@ -18,14 +18,14 @@ class Stream(IntEnum):
     STEP = 3  # dropout: (seed, micro-batch, rank)
 
 
-def generator(seed: int, stream: Stream, *place: int) -> np.random.Generator:
-    """The generator of one place in a stream."""
-    return np.random.default_rng((seed, int(stream), *place))
+def sequence(seed: int, stream: Stream, *place: int) -> np.random.SeedSequence:
+    """What seeds one place in a stream; `np.random.default_rng` takes it."""
+    return np.random.SeedSequence((seed, int(stream), *place))
 
 
-def seed_globals(seed: int, stream: Stream, *place: int, devices: bool) -> None:
-    """Seed the global generators of torch (with `devices` CUDA's, too), numpy and python for one place in a stream."""
-    words = np.random.SeedSequence((seed, int(stream), *place)).generate_state(2, np.uint64)
+def seed_globals(place: np.random.SeedSequence, devices: bool) -> None:
+    """Seed the global generators of torch (with `devices` CUDA's, too), numpy and python."""
+    words = place.generate_state(2, np.uint64)
     (torch.manual_seed if devices else torch.default_generator.manual_seed)(int(words[0]) >> 1)
     np.random.seed(int(words[1]) & 0xFFFFFFFF)  # noqa: NPY002 - libraries draw from the global state
     random.seed(int(words[1]))

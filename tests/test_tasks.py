@@ -33,7 +33,7 @@ from tasks.lm.module import LMTask
 from tasks.lra.data import LRAData
 from tasks.lra.module import LRATask
 from tasks.optim import OptimConfig
-from tasks.seeds import Stream, seed_globals
+from tasks.seeds import Stream, seed_globals, sequence
 from tasks.vision.data import VisionData
 from tasks.vision.module import VisionTask
 
@@ -340,10 +340,10 @@ def test_step_seeds_differ_by_position_and_rank():
     draws = set()
     for position in range(3):
         for rank in range(2):
-            seed_globals(0, Stream.STEP, position, rank, devices=True)
+            seed_globals(sequence(0, Stream.STEP, position, rank), devices=True)
             draws.add(torch.rand(1).item())
     assert len(draws) == 6
-    seed_globals(0, Stream.STEP, 2, 1, devices=True)
+    seed_globals(sequence(0, Stream.STEP, 2, 1), devices=True)
     assert torch.rand(1).item() in draws
 
 
