@@ -21,6 +21,7 @@ from hgrn2.config import check
 from hgrn2.ops import choose_impl
 from tasks.base import Task
 from tasks.compilation import Compile
+from tasks.internals import accumulates
 from tasks.plots import horizon_map
 from tasks.progress import Progress
 
@@ -134,7 +135,7 @@ class ThroughputLogger(Callback):
         for tally in (self.run, self._window):
             tally.add(*pl_module.count(batch), self._before - before - paused)
         step, every = trainer.global_step, trainer.log_every_n_steps
-        if every and step and step % every == 0 and not trainer.fit_loop._should_accumulate():
+        if every and step and step % every == 0 and not accumulates(trainer):
             pl_module.log("train/samples_per_s", self._window.rate("samples", trainer.world_size))
             pl_module.log("train/tokens_per_s", self._window.rate("tokens", trainer.world_size))
             self._window = Tally()

@@ -5,6 +5,7 @@ from lightning.pytorch.plugins import TorchSyncBatchNorm
 from torch import nn
 
 from hgrn2.layers import MaskedBatchNorm, convert_sync_batchnorm
+from tasks.internals import layer_sync, set_layer_sync
 
 
 class SyncMaskedBatchNorm(TorchSyncBatchNorm):
@@ -25,5 +26,5 @@ def keep_masked_norms(trainer: Trainer) -> None:
 
     Lightning has no hook for it: strategies take the conversion from a plugin, made by `Trainer(sync_batchnorm=True)`.
     """
-    if type(getattr(trainer.strategy, "_layer_sync", None)) is TorchSyncBatchNorm:
-        trainer.strategy._layer_sync = SyncMaskedBatchNorm()
+    if type(layer_sync(trainer)) is TorchSyncBatchNorm:
+        set_layer_sync(trainer, SyncMaskedBatchNorm())

@@ -17,6 +17,7 @@ from hgrn2.config import ConfigError
 from tasks.cli import explain
 from tasks.cli.compose import RENAMED, flatten, nearest, shipped_tasks
 from tasks.cli.explain import parts, short
+from tasks.cli.parser_internals import actions, type_hint
 
 TOP_LEVEL = ("seed", "run_root", "logger", "ckpt_path", "run", "resume")
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -124,10 +125,6 @@ def _stray(token: str, argv: list[str]) -> str:
     return f"{token}: expected key=value, or one of {', '.join(COMMANDS)}{hint}"
 
 
-def _hint(action: Any) -> Any:
-    return getattr(action, "_typehint", None) or action.type
-
-
 def _is_bool(hint: Any) -> bool:
     return bool in parts(hint) and set(parts(hint)) <= {bool, type(None)}
 
@@ -158,7 +155,7 @@ def _native(value: Any, hint: Any, hints: dict[str, Any], key: str = "") -> Any:
 def known_keys(parser: ArgumentParser) -> dict[str, Any]:
     """Every key of the parser with its type."""
     skipped = ("help", "print_config", "print_shtab")  # also --trainer.profiler.help and its like
-    return {a.dest: _hint(a) for a in parser._actions if a.dest.rsplit(".", 1)[-1] not in skipped}
+    return {a.dest: type_hint(a) for a in actions(parser) if a.dest.rsplit(".", 1)[-1] not in skipped}
 
 
 def to_flags(tokens: list[str], hints: dict[str, Any]) -> list[str]:

@@ -15,7 +15,6 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from hgrn2.config import ConfigError, check
 from tasks.base import left_to_data, misfits, plain
@@ -37,6 +36,7 @@ from tasks.cli.runs import AtomicCheckpointIO, check_fits, new_run, read_checkpo
 from tasks.cli.settings import check_built, check_trainer
 from tasks.cli.signals import Leave, Signals
 from tasks.compilation import Compile, CompileMode
+from tasks.internals import forks
 from tasks.plots import printable
 from tasks.progress import say
 
@@ -287,7 +287,7 @@ class TaskCLI(LightningCLI):
             if rank_zero_only.rank == 0:
                 say("trainer.accelerator=auto takes the CPU: Apple's GPU (MPS) does not run hgrn2_scan yet")
         trainer = super().instantiate_trainer()
-        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        if forks(trainer):
             raise ConfigError(
                 f"trainer.strategy={self.config['trainer']['strategy']}: use ddp, which starts processes anew"
             )

@@ -19,14 +19,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from hgrn2.config import ConfigError
 from tasks.callbacks import logged_step
 from tasks.cli.runs import link_atomically, read_checkpoint
+from tasks.internals import validates_now, validates_this_epoch
 
 
 def settle(trainer: Trainer, loops: dict[str, Any], validated: bool) -> None:
     """Rewrites the fit loop's counters in a checkpoint. ``validated``: this batch's validation is over."""
     batch = loops["epoch_loop.batch_progress"]
     in_batch_end = batch["current"]["completed"] < batch["current"]["processed"] == batch["current"]["ready"]
-    epoch_loop, epochs = trainer.fit_loop.epoch_loop, loops["epoch_progress"]
-    due = in_batch_end and epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+    epochs = loops["epoch_progress"]
+    due = in_batch_end and validates_now(trainer)
     pending = due or (trainer.validating and not validated)
     last = batch["is_last_batch"] or batch["current"]["processed"] >= trainer.num_training_batches
     in_epoch_end = epochs["current"]["processed"] == epochs["current"]["ready"]
@@ -157,7 +158,7 @@ class Checkpoints(Checkpoint):
             return  # inside an accumulation: its gradients are in no checkpoint
         trainer.should_stop, self._stop = trainer.should_stop or self._stop, False
         loop = trainer.fit_loop
-        validates = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        validates = validates_now(trainer)
         due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
         stopping = self.guard is not None and self.guard.stopping
         # After the last batch of an epoch without validation, on_train_epoch_end saves.
@@ -175,7 +176,7 @@ class Checkpoints(Checkpoint):
     def _validates_within_a_step(trainer: Trainer) -> bool:
         """Whether a validation comes inside the next accumulation: a kill there should cost no more than that step."""
         loop, every, batches = trainer.fit_loop.epoch_loop, trainer.val_check_batch, trainer.accumulate_grad_batches
-        if batches == 1 or not every or math.isinf(every) or not loop._should_check_val_epoch():
+        if batches == 1 or not every or math.isinf(every) or not validates_this_epoch(trainer):
             return False
         done = (loop.total_batch_idx if trainer.check_val_every_n_epoch is None else loop.batch_idx) + 1
         return (done + batches - 1) // every > done // every

@@ -13,6 +13,7 @@ from tasks.cli.arguments import COMMANDS, is_group, known_keys
 from tasks.cli.compose import CONFIGS, at, shipped_tasks
 from tasks.cli.explain import describe
 from tasks.cli.lists import RULE
+from tasks.cli.parser_internals import actions
 
 OVERVIEW = """Trains HGRN2 for language modelling, image classification and Long Range Arena.
 
@@ -75,7 +76,7 @@ def settings(parser: ArgumentParser, task: str, values: dict[str, Any], defaults
     ``*`` marks what is not the class's default.
     """
     hints = known_keys(parser)
-    helps = {action.dest: action.help or "" for action in parser._actions}
+    helps = {action.dest: action.help or "" for action in actions(parser)}
     keys = [key for key in hints if not is_group(key, hints)]
     width = max(shutil.get_terminal_size().columns, 100)
 

@@ -18,12 +18,9 @@ from hgrn2.config import ConfigError
 from tasks.cli.checkpoints import Checkpoints
 from tasks.cli.settings import check_loop
 from tasks.cli.signals import Leave, Signals, status
+from tasks.internals import keep_signal_handlers, set_logged_step
 
 NEVER = 2**62  # larger than any step
-
-
-def _nothing() -> None:
-    """Lightning's register_signal_handlers."""
 
 
 class Guard(Callback):
@@ -40,7 +37,7 @@ class Guard(Callback):
         self._common_val_batches = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        trainer._signal_connector.register_signal_handlers = _nothing
+        keep_signal_handlers(trainer)
         self.signals.children = list(getattr(trainer.strategy.launcher, "procs", []))
         self.signals.many = trainer.world_size > 1
         if self.signals.many and dist.is_initialized():
@@ -70,7 +67,7 @@ class Guard(Callback):
         self._leave_if_asked(trainer)
         self._step = trainer.global_step
         # The step of the loggers. Lightning restores it one off in some states; Guard comes before all that log.
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        set_logged_step(trainer, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -24,6 +24,7 @@ from lightning.pytorch.plugins import LayerSync, Precision
 
 from hgrn2.config import ConfigError, check
 from tasks.cli.compose import listed
+from tasks.internals import cluster_environment
 from tasks.progress import total_steps
 
 LIMIT_OF = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
@@ -146,7 +147,7 @@ def check_built(trainer: Trainer, settings: dict[str, Any]) -> None:
     """Refuses what Lightning replaces, and processes that the Trainer does not use: each would train its own run."""
     if str(settings["precision"]) in ("16", "16-mixed") and trainer.precision != "16-mixed":
         raise ConfigError(f"trainer.precision={settings['precision']} cannot run on the CPU: use {trainer.precision}")
-    environment = trainer._accelerator_connector.cluster_environment
+    environment = cluster_environment(trainer)
     if trainer.num_nodes > 1 and not environment.creates_processes_externally:
         raise ConfigError(f"trainer.num_nodes={trainer.num_nodes}: start every node with torchrun or srun")
     if isinstance(environment, LightningEnvironment) or environment.world_size() == trainer.world_size:
