@@ -22,7 +22,7 @@ HEAD_DIMS = (16, 32, 64, 128, 256)
 SMALL_HEAD_DIMS = (1, 2, 4, 8)
 
 _compiled = {}
-# kinds of launches that took more of some resource than the device has
+# kinds of launches that took more of some resource than the device has, or did not compile
 _too_large = set()
 # why compiled kernels cannot be started without Triton, once that is known
 _private_failure: list[str] = []
@@ -171,17 +171,26 @@ def _untried(choices: list[tuple]) -> list[tuple]:
 
 
 def _launch_first(kernel, choices: list[tuple], pointers: list[Tensor | None]) -> tuple:
-    """Launch the first choice that fits, and return what Triton compiled with its kind."""
+    """Launch the first choice that compiles and fits, and return what Triton compiled with its kind."""
     for programs, options, rest, kind in choices:
         try:
             return kernel[(programs,)](*pointers, *rest, **options, **FUSED), kind
-        except triton.OutOfResources as error:  # before the launch: nothing has run
-            if kind == choices[-1][3]:
+        except Exception as error:  # of a tile: before the launch, nothing has run
+            problem = _problem_of_tile(error)
+            if problem is None or kind == choices[-1][3]:
                 raise
             _too_large.add(kind)
-            asked = f"{error.name} {error.required} of {error.limit} with Triton {triton.__version__}"
-            _say_once(f"{kernel.fn.__name__} runs on a smaller tile: its first takes {asked}")
+            _say_once(f"{kernel.fn.__name__} runs on a smaller tile: {problem}")
     raise AssertionError("no choices")
+
+
+def _problem_of_tile(error: Exception) -> str | None:
+    """What a smaller tile may do without, if that is what the error is about."""
+    if triton is not None and isinstance(error, triton.OutOfResources):
+        return f"its first takes {error.name} {error.required} of {error.limit} with Triton {triton.__version__}"
+    if "PassManager::run failed" in str(error):  # all that Triton says of what its compiler cannot do
+        return f"Triton {triton.__version__} fails to compile its first"
+    return None
 
 
 @functools.cache

@@ -39,9 +39,13 @@ TENSOR_MEMORY = 512
 LARGE = {"state0", "out", "value_grad", "grad", "safe_grad", "pair_out", "pair_value_grad", "pair_grad"}
 
 
-def variants(dim: int, dtype: torch.dtype, shared: int):
+# (Triton, compute capability) whose compiler fails on the first tile of these, so that the next one runs
+FAILS = {("3.5", 100): {"pair_out", "pair_out_add", "pair_value_grad", "pair_value_grad_add"}}
+
+
+def variants(dim: int, dtype: torch.dtype, shared: int, skip: int = 0):
     """(label, kernel, constants, absent arguments, options) of all kernels of one row of the table of tiles, on a chip
-    with `shared` bytes of shared memory a program."""
+    with `shared` bytes of shared memory a program; of tiles that give way to others the one after `skip`."""
     from hgrn2.ops.chunk import backward as chunk_bwd
     from hgrn2.ops.chunk import factors as chunk_factors
     from hgrn2.ops.chunk import forward as chunk_fwd
@@ -62,7 +66,7 @@ def variants(dim: int, dtype: torch.dtype, shared: int):
     )  # fmt: skip
 
     def variant(label, kernel, t, absent=(), **constants):
-        t = t.candidates(shared)[0]
+        t = t.candidates(shared)[skip:][0] if skip and t.stages > 1 else t.candidates(shared)[0]
         constants = common | dict(BK=t.bk, BV=t.bv, STAGES=t.stages) | constants
         constants = {name: constants[name] for name in kernel.arg_names if name in constants}
         return label, kernel, constants, ["table_ptr", *absent], t.options
@@ -172,7 +176,11 @@ def compiled_rows(capability: int, rows: list[str]) -> dict:
         dtype = next(d for d, n in NAMES.items() if n == name)
         for label, kernel, constants, absent, options in variants(int(dim), dtype, SHARED[capability]):
             if sys.argv[1] == "0" or label in LARGE:
-                report[f"{row} {label}"] = compile_for(capability, kernel, dtype, constants, absent, options)
+                rest = (kernel, dtype, constants, absent, options)
+                if label in FAILS.get((triton.__version__.rpartition(".")[0], capability), ()):
+                    rest = next(v for v in variants(int(dim), dtype, SHARED[capability], skip=1) if v[0] == label)
+                    rest = (kernel, dtype, *rest[2:])
+                report[f"{row} {label}"] = compile_for(capability, *rest)
     return report
 
 

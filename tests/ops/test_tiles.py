@@ -46,14 +46,14 @@ class Kernel:
     params = [types.SimpleNamespace(name=name, is_constexpr=name == "BV") for name in arg_names]
     fn = types.SimpleNamespace(__name__="some_kernel")
 
-    def __init__(self, limit: int):
-        self.limit, self.calls = limit, []
+    def __init__(self, limit: int, error: Exception | None = None):
+        self.limit, self.error, self.calls = limit, error, []
 
     def __getitem__(self, grid):
         def run(x, time, tile, **options):
             self.calls.append((grid, tile))
             if tile > self.limit:
-                raise triton.OutOfResources(tile * KIB, self.limit * KIB, "shared memory")
+                raise self.error or triton.OutOfResources(tile * KIB, self.limit * KIB, "shared memory")
             return types.SimpleNamespace(run=f"run {tile}", function=0, packed_metadata=1)
 
         return run
@@ -85,6 +85,22 @@ def test_a_tile_that_turns_out_too_large_gives_way_to_the_next():
     assert plan._resolve()
     assert [(step[0], step[1]) for step in plan.launches] == [(4, "run 64")]
     assert len(kernel.calls) == 2
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_tile_that_does_not_compile_gives_way_to_the_next():
+    kernel = Kernel(limit=64, error=RuntimeError("PassManager::run failed"))
+    with pytest.warns(RuntimeWarning, match="some_kernel runs on a smaller tile: .* fails to compile"):
+        plan_of(kernel, 10).run(dict(x=torch.zeros(1)))
+    assert [tile for _, tile in kernel.calls] == [128, 64]
+
+
+@pytest.mark.usefixtures("fresh")
+def test_other_errors_are_nobodys_tile():
+    kernel = Kernel(limit=64, error=RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        plan_of(kernel, 10).run(dict(x=torch.zeros(1)))
+    assert [tile for _, tile in kernel.calls] == [128]
 
 
 @pytest.mark.usefixtures("fresh")
