@@ -174,7 +174,13 @@ class GarbageCollection(Callback):
             gc.collect()
 
     def teardown(self, trainer: Trainer, pl_module: Task, stage: str) -> None:
-        if self._paused:  # also after an exception
+        self._resume()
+
+    def on_exception(self, trainer: Trainer, pl_module: Task, exception: BaseException) -> None:
+        self._resume()
+
+    def _resume(self) -> None:
+        if self._paused:
             gc.enable()
             gc.unfreeze()
             self._paused = False
