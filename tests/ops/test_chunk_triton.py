@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 if os.environ.get("TRITON_INTERPRET") != "1":
 
+    @pytest.mark.timeout(1800)  # minutes of one core, more where cores are shared
     def test_in_the_interpreter():
         in_the_interpreter(__file__)
 

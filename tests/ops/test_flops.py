@@ -53,6 +53,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 else:
 
+    @pytest.mark.timeout(1800)  # minutes of one core, more where cores are shared
     def test_in_the_interpreter():
         pytest.importorskip("triton")
         in_the_interpreter(__file__)

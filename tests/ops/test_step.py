@@ -51,6 +51,7 @@ STEPS = {"public": public_step, "torch": torch_step} | ({"triton": triton_step} 
 
 if not INTERPRET and triton is not None:
 
+    @pytest.mark.timeout(1800)  # minutes of one core, more where cores are shared
     def test_in_the_interpreter():
         env = os.environ | {"TRITON_INTERPRET": "1"}
         root = Path(__file__).parents[2]
